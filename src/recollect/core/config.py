@@ -1,8 +1,8 @@
 """Frozen dataclass configs: to and from plain dicts, strict overrides, fingerprints.
 
-A config is a frozen dataclass deriving from ``Config`` with a ``kind``: ``class Config(LayerConfig, kind="gru")``. The kind
-is written as the key ``"kind"``, so a field may be declared by a base class and still read back as what it was. Nothing
-is ever guessed: an unknown key, kind or type is an error that names the nearest known one.
+A config is a frozen dataclass deriving from ``Config`` with a ``kind``: ``class Config(LayerConfig, kind="gru")``.
+The kind is written as the key ``"kind"``, so a field may be declared by a base class and still read back as what it
+was. Nothing is ever guessed: an unknown key, kind or type is an error that names the nearest known one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ C = TypeVar("C", bound=Config)
 def to_dict(config: Any) -> Any:
     """Plain JSON data: dicts (with ``kind`` where there is one), lists, numbers, strings."""
     if is_dataclass(config) and not isinstance(config, type):
-        data: dict[str, Any] = {"kind": config.kind} if getattr(config, "kind", "") else {}
+        kind = getattr(config, "kind", "")
+        data: dict[str, Any] = {"kind": kind} if kind else {}
         return data | {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
     if isinstance(config, Mapping):
         return {str(key): to_dict(value) for key, value in config.items()}

@@ -8,7 +8,8 @@ CPU (``tests/test_layer_laws.py``). Adding a layer adds no test code.
 
 1. *fold*: ``forward`` equals folding ``step``: outputs, final state, gradients of inputs and parameters.
 2. *split*: ``forward(x[:k])`` then ``forward(x[k:], state)`` equals ``forward(x)``, for any k.
-3. *reset*: a reset at t equals two independent sequences; it acts **before** x_t is consumed. Never ignored, in any mode.
+3. *reset*: a reset at t equals two independent sequences; it acts **before** x_t is consumed. Never ignored, in any
+   mode.
 4. *causal*: dy_t/dx_s is exactly zero for s > t, and changing a suffix leaves the prefix bit-identical. A layer that
    convolves by FFT declares ``causality = "rounding"`` and is held to 1e-12 instead.
 5. *pure*: inputs and the incoming state are not written to; the same input twice gives the same output in eval mode.
@@ -23,6 +24,7 @@ Padding is the caller's business, through losses that know a ``mask``. Several s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -58,7 +60,7 @@ class LayerConfig(Config):
         return cls(d_model=8)
 
     @classmethod
-    def declared(cls) -> dict[str, Self]:
+    def declared(cls) -> Mapping[str, Self]:
         """Named configurations under which the layer promises the laws; the tests run all of them."""
         return {"tiny": cls.tiny()}
 
@@ -71,11 +73,23 @@ class LayerConfig(Config):
         return LAYER_CLASSES[type(self)](self)
 
 
+@dataclass(frozen=True)
+class BranchedConfig(LayerConfig):
+    """Base of the configs of ``BranchedLayer``: mixers that another core can join."""
+
+    @property
+    def inner(self) -> int:
+        """Width E of the inner activations; ``d_model`` unless the mixer expands."""
+        return self.d_model
+
+
 LAYER_CLASSES: dict[type[LayerConfig], type[SequenceLayer]] = {}
 
 
 class SequenceLayer(nn.Module, ABC):
-    """Base of every layer. Subclasses nest a frozen dataclass ``Config(LayerConfig, kind=...)`` and are built as ``cls(config)``."""
+    """Base of every layer. Subclasses nest a frozen dataclass ``Config(LayerConfig, kind=...)`` and are built
+    as ``cls(config)``.
+    """
 
     Config: ClassVar[Any]
     causality: ClassVar[Literal["exact", "rounding"]] = "exact"
@@ -105,7 +119,9 @@ class SequenceLayer(nn.Module, ABC):
 
 
 Branch = Any
-"""A function of a mixer's inner activations u, (B, L, E) -> (B, L, E) or (B, E) -> (B, E), added to the core's output."""
+"""A function of a mixer's inner activations u, (B, L, E) -> (B, L, E) or (B, E) -> (B, E), added to the core's
+output.
+"""
 
 
 class BranchedLayer(SequenceLayer):

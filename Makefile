@@ -1,0 +1,56 @@
+# Every target makes its own virtual environment in .venv, and renews it when pyproject.toml or constraints.txt change.
+# Another interpreter: make PYTHON=python3.12 test. Another number of tests side by side: make JOBS=4 test.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+
+# One thread each: two processes side by side are faster than two threads in one. glibc hands large blocks back to the system
+# after every step; keeping them is up to twice as fast on a CPU. (The recollect command sees to both by itself.)
+LEAN := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
+
+.PHONY: help demo test check smoke bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(VENV)/.installed-report  ## train the demonstration rows side by side and write runs/demo/report.html
+	$(BIN)/recollect faceoff demo --out runs/demo
+
+smoke: $(VENV)/.installed-report  ## the demonstration's code path end to end, in seconds
+	$(BIN)/recollect faceoff demo-smoke --out runs/smoke
+
+test: $(VENV)/.installed-dev  ## run the tests (slow and gpu ones are left out: pytest -m slow, pytest -m gpu)
+	$(LEAN) $(BIN)/pytest -q -n $(JOBS)
+
+check: $(VENV)/.installed-dev  ## style, format, types, import rules, the documentation's snippets
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(LEAN) $(BIN)/pytest -q -n 0 tests/test_architecture.py tests/test_docs.py
+
+bench: $(VENV)/.installed-report  ## run every bench/*.py on one thread; each writes JSON into runs/bench
+	@mkdir -p runs/bench
+	@for script in bench/*.py; do \
+	  echo "$$script"; $(LEAN) $(BIN)/python "$$script" "runs/bench/$$(basename "$$script" .py).json"; \
+	done
+
+clean:  ## remove the environment, caches and runs/smoke (runs/demo and other runs stay)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist runs/smoke
+	find src tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "recollect needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing recollect[$*] into $(VENV) (PyTorch included: a few minutes the first time)"
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@

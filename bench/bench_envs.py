@@ -1,0 +1,92 @@
+"""Rates of episode simulation, rendering, collection, window reading and task generation on one machine.
+
+    python bench/bench_envs.py [OUTPUT.json]
+
+Every rate is the best of several short runs, in items per second of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recollect import __version__
+from recollect.data import Windows, collect, observations
+from recollect.envs import DistractingMemory
+from recollect.envs.distracting_memory import generate
+from recollect.tasks import JointRecall
+
+
+def best_rate(work: Callable[[], Any], items: int, runs: int = 7) -> float:
+    """Items per second of the fastest of ``runs`` calls, after one that is not counted."""
+    work()
+    seconds: list[float] = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return round(items / min(seconds))
+
+
+def step_episode(config: DistractingMemory.Config) -> None:
+    """One scripted episode through the gymnasium interface."""
+    env = DistractingMemory(config)
+    env.reset(seed=0)
+    for action in env.scripted_actions().tolist():
+        env.step(action)
+
+
+def measure() -> dict[str, float]:
+    """All rates by name."""
+    rng = np.random.default_rng(0)
+    config = DistractingMemory.Config(width=100)
+    T = config.episode_length
+    frames = generate(config, rng, 64)["tiles"]
+    rates = {
+        "simulate, frames/s": best_rate(lambda: generate(config, rng, 256), 256 * T),
+        "step the environment, frames/s": best_rate(lambda: step_episode(config), T),
+        "render 40x40, frames/s": best_rate(lambda: observations({"tiles": frames[:8]}, "pixels"), 8 * T),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        store = collect(config, 1024, 0, Path(folder) / "store")
+        rates["collect to disk, frames/s"] = round(store.n_steps / (time.perf_counter() - start))
+        whole, short = Windows(store), Windows(store, 100, keys=("tiles", "action", "reward", "is_first"))
+        rates["read whole episodes, episodes/s"] = best_rate(lambda: whole.sample(rng, 32), 32)
+        rates["read windows of 100, windows/s"] = best_rate(lambda: short.sample(rng, 32), 32)
+        rates["read and render windows of 100, frames/s"] = best_rate(
+            lambda: observations(short.sample(rng, 8), "pixels"), 800
+        )
+    task = JointRecall()
+    for size in ((5, 5), (16, 16)):
+        rates[f"joint recall {size[0]}x{size[1]}, samples/s"] = best_rate(
+            lambda size=size: task.batch(rng, 128, size=size), 128
+        )
+    rates["joint recall mixed sizes, samples/s"] = best_rate(lambda: task.mixed_batch(rng, 128), 128)
+    return rates
+
+
+def main() -> None:
+    """Print the rates and, where a path is given, write them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", nargs="?", type=Path, help="JSON file to write")
+    output = parser.parse_args().output
+    rates = measure()
+    for name, rate in rates.items():
+        print(f"{name:45} {rate:>12,.0f}")
+    if output is not None:
+        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
+        result = {"recollect": __version__, "numpy": np.__version__, **machine, "rates": rates}
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Every command and its arguments. Parsing imports neither torch nor anything of ours that does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, Union, cast
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from recollect.train.run import Group
+
+Overrides: TypeAlias = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")]
+Where: TypeAlias = Annotated[Positional[Path], arg(metavar="DIR")]
+Out: TypeAlias = Annotated[Path | None, arg(metavar="PATH")]
+RecipeName: TypeAlias = Annotated[Positional[str], arg(metavar="RECIPE")]
+
+
+@dataclass(frozen=True)
+class List:
+    """Arguments of ``recollect list``."""
+
+    what: Annotated[
+        Positional[Literal["all", "layers", "tasks", "envs", "recipes"]],
+        arg(metavar="{layers,tasks,envs,recipes}"),
+    ] = "all"
+    """What to list; everything by name when left out."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Arguments of ``recollect train``."""
+
+    recipe: RecipeName
+    """A recipe of `recollect list recipes`, or package.module:function."""
+    row: str
+    """Which row of the recipe to train."""
+    overrides: Overrides = ()
+    """Settings to change, by dotted key: train.lr=1e-3 train.steps=500."""
+    group: Annotated[Group | None, arg(metavar="{recall,world}")] = None
+    """Needed only where two groups have a row of that name."""
+    seed: int = 0
+    """Decides initialisation, data and sampling."""
+    out: Out = None
+    """The run's directory. Default: runs/RECIPE/GROUP/ROW/seedN."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Arguments of ``recollect resume``."""
+
+    directory: Where
+    """A run's directory: one that holds config.json."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Arguments of ``recollect eval``."""
+
+    directory: Where
+    """A run's directory."""
+    best: bool = False
+    """Take the checkpoint of the best evaluation instead of the last one."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Imagine:
+    """Arguments of ``recollect imagine``."""
+
+    directory: Where
+    """The directory of a run of group "world"."""
+    out: Out = None
+    """Where the strips go. Default: DIR/imagined."""
+    episodes: int = 4
+    """How many episodes to imagine."""
+    seed: int = 0
+    """Decides which episodes, and what is sampled."""
+
+
+@dataclass(frozen=True)
+class FaceOff:
+    """Arguments of ``recollect faceoff``."""
+
+    recipe: RecipeName
+    """A recipe of `recollect list recipes`, or package.module:function."""
+    overrides: Overrides = ()
+    """Settings to change in every run, by dotted key: train.steps=500."""
+    out: Out = None
+    """Where the runs and the report go. Default: runs/RECIPE."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="N [N ...]")] = ()
+    """Train every row once per seed. Default: the recipe's own."""
+    workers: Annotated[int | None, arg(metavar="N")] = None
+    """Runs side by side, one thread each. Default: one per CPU core."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Arguments of ``recollect report``."""
+
+    directory: Where
+    """A face-off's directory: one that holds faceoff.json."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Arguments of ``recollect bench``."""
+
+    what: Annotated[Positional[Literal["layers"]], arg(metavar="layers")]
+    """What to measure."""
+    out: Out = None
+    """Also write the numbers, with commit and device, as JSON."""
+    layers: tuple[str, ...] = ()
+    """Names of `recollect list layers`. Default: all."""
+    lengths: tuple[int, ...] = (256, 1024)
+    """Sequence lengths."""
+    d_model: int = 64
+    """Width of every layer."""
+    batch: int = 4
+    """Sequences side by side."""
+    seconds: float = 1.0
+    """How long to repeat each measurement."""
+    threads: int = 1
+    """CPU threads."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+
+Command: TypeAlias = List | Train | Resume | Eval | Imagine | FaceOff | Report | Bench
+
+_DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
+    "list": (
+        List,
+        "Show the layers, tasks, environments or recipes there are.",
+        "recollect list\nrecollect list layers --json",
+    ),
+    "train": (
+        Train,
+        "Train one row of a recipe. The same command resumes a stopped run and leaves a finished one alone.",
+        "recollect train demo --row mamba2 --group recall\n"
+        "recollect train demo --row gru --group world --seed 1 train.steps=500 train.lr=1e-3",
+    ),
+    "resume": (
+        Resume,
+        "Start or continue the run that a directory's config.json describes.",
+        "recollect resume runs/demo/recall/mamba2/seed0",
+    ),
+    "eval": (
+        Eval,
+        "Score a trained run again and print its metrics.",
+        "recollect eval runs/demo/recall/mamba2/seed0\nrecollect eval runs/demo/world/gru/seed0 --best --json",
+    ),
+    "imagine": (
+        Imagine,
+        "Let a trained world model imagine, and write what it saw and what was true as strips of frames.",
+        "recollect imagine runs/demo/world/mamba2/seed0 --episodes 4 --out strips",
+    ),
+    "faceoff": (
+        FaceOff,
+        "Train every row of a recipe side by side, then write one report. The same command goes on where it was.",
+        "recollect faceoff demo --out runs/demo\nrecollect faceoff demo --seeds 0 1 2 --workers 4 train.steps=2000",
+    ),
+    "report": (
+        Report,
+        "Write the report of a face-off again, finished or not, and print its tables.",
+        "recollect report runs/demo",
+    ),
+    "bench": (
+        Bench,
+        "Measure speed, memory and state size of the layers on this machine.",
+        "recollect bench layers --lengths 256 1024 4096 --out layers.json",
+    ),
+}
+
+_ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command that ``argv`` spells. Prints help and exits 0, or an explanation and exits 2, as is usual."""
+    words, assignments = list(argv), ()
+    chosen = words[0] if words and words[0] in _DESCRIPTIONS else None
+    if chosen in ("train", "faceoff"):
+        # Taken out first, so that they may stand anywhere: also after options that take several values.
+        assignments = tuple(word for word in words if _ASSIGNMENT.match(word))
+        words = [word for word in words if not _ASSIGNMENT.match(word)]
+    commands = [
+        Annotated[kind, subcommand(name, description=text + _indented(examples) if chosen else text)]
+        for name, (kind, text, examples) in _DESCRIPTIONS.items()
+    ]
+    command: Any = tyro.cli(
+        cast(Any, Union[tuple(commands)]),  # noqa: UP007 the members are known only here
+        prog="recollect",
+        description="Sequence models that remember. Examples: recollect COMMAND --help. Version: recollect --version.",
+        args=words,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return replace(command, overrides=assignments) if assignments else command
+
+
+def _indented(examples: str) -> str:
+    return "".join(["\n\nExamples:", *(f"\n    {line}" for line in examples.splitlines())])

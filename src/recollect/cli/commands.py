@@ -1,0 +1,183 @@
+"""What each command does: one call into the library and a few lines of print."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from recollect.cli import arguments
+from recollect.core.errors import RecollectError, RunError
+from recollect.train.directory import RunDirectory, load_run, read_json
+from recollect.train.run import RunConfig, default_directory
+
+
+def execute(command: arguments.Command) -> int:
+    """Carry out a parsed command; returns the exit code."""
+    match command:
+        case arguments.List():
+            return _list(command)
+        case arguments.Train():
+            return _train(command)
+        case arguments.Resume():
+            return _go(_run_of(command.directory), command.directory, command.device)
+        case arguments.Eval():
+            return _eval(command)
+        case arguments.Imagine():
+            return _imagine(command)
+        case arguments.FaceOff():
+            return _faceoff(command)
+        case arguments.Report():
+            return _report(command.directory)
+        case arguments.Bench():
+            return _bench(command)
+
+
+def _list(command: arguments.List) -> int:
+    from recollect.cli.listing import SECTIONS, rows_of
+
+    names = list(SECTIONS) if command.what == "all" else [command.what]
+    found = {name: rows_of(name) for name in names}
+    if command.json:
+        print(json.dumps(found if command.what == "all" else found[command.what], indent=2))
+        return 0
+    for name, rows in found.items():
+        table = Table(title=name, title_justify="left", box=None, pad_edge=False)
+        for column in rows[0] if rows else ["name"]:
+            table.add_column(column.replace("_", " "), overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        Console().print(table, "")
+    return 0
+
+
+def _train(command: arguments.Train) -> int:
+    from dataclasses import replace
+
+    from recollect.core.config import override
+    from recollect.recipes import load_recipe
+
+    run = replace(load_recipe(command.recipe).pick(command.row, command.group), seed=command.seed)
+    run = override(run, command.overrides)
+    return _go(run, command.out or default_directory(run), command.device)
+
+
+def _go(run: RunConfig, directory: Path, device: str) -> int:
+    from recollect.train.loop import train
+    from recollect.train.runtime import stop_on_signals
+
+    with stop_on_signals() as stop:
+        results = train(run, directory, device=device, progress=_print_record, stop=stop)
+    print(f"{directory}: finished after {results['steps']} steps, {results['wall_s']:.0f} s of training")
+    _print_metrics(results["metrics"])
+    return 0
+
+
+def _eval(command: arguments.Eval) -> int:
+    from recollect.train.loop import evaluate_run
+    from recollect.train.metrics import finite
+
+    _run_of(command.directory)
+    metrics = finite(evaluate_run(command.directory, best=command.best, device=command.device).metrics)
+    if command.json:
+        print(json.dumps(metrics, indent=2))
+    else:
+        _print_metrics(metrics)
+    return 0
+
+
+def _imagine(command: arguments.Imagine) -> int:
+    run = _run_of(command.directory)
+    if run.group != "world":
+        raise RunError(f"{command.directory} is a run of group '{run.group}'; only world models imagine")
+    from recollect.eval.imagination import imagine_run
+
+    out = command.out or command.directory / "imagined"
+    written = imagine_run(command.directory, out, episodes=command.episodes, seed=command.seed)
+    print(f"wrote {written}")
+    return 0
+
+
+def _faceoff(command: arguments.FaceOff) -> int:
+    from recollect.cli.progress import display
+    from recollect.recipes import load_recipe
+    from recollect.train.sweep import run_faceoff
+
+    faceoff = load_recipe(command.recipe).overridden(command.overrides, command.seeds)
+    directory = command.out or Path("runs") / command.recipe.replace(":", ".")
+    # A terminated sweep leaves as an interrupted one does: its children write a checkpoint and end first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with display(faceoff.title) as show:
+        jobs = run_faceoff(faceoff, directory, workers=command.workers, device=command.device, display=show)
+    failed = [job for job in jobs if job.status == "failed"]
+    if len(failed) < len(jobs):
+        try:
+            _report(directory)
+        except RecollectError as error:
+            print(
+                f"recollect: {error}; the runs are safe: afterwards run: recollect report {directory}", file=sys.stderr
+            )
+    for job in failed:
+        print(f"recollect: {job.run.name} failed: {job.error} (log: {job.log})", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _report(directory: Path) -> int:
+    from recollect.eval.report import terminal_table, write_report
+
+    Console().print(terminal_table(directory))
+    print(f"report: {write_report(directory)}")
+    return 0
+
+
+def _bench(command: arguments.Bench) -> int:
+    from recollect.eval.bench_layers import bench_layers, table, to_json
+    from recollect.train.directory import write_atomically
+
+    rows = bench_layers(
+        command.layers,
+        lengths=command.lengths,
+        d_model=command.d_model,
+        batch=command.batch,
+        seconds=command.seconds,
+        threads=command.threads,
+        device=command.device,
+    )
+    Console().print(table(rows))
+    if command.out is not None:
+        write_atomically(command.out, to_json(rows, command.device).encode())
+        print(f"wrote {command.out}")
+    return 0
+
+
+def _run_of(directory: Path) -> RunConfig:
+    """The config of a run's directory, with the module that defines it imported through its recipe."""
+    from recollect.recipes import import_recipe
+
+    data = read_json(RunDirectory(directory).config)
+    import_recipe(str(data.get("recipe")))
+    return load_run(directory)
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    flat = {**record, **{f"eval {name}": value for name, value in record.get("eval", {}).items()}}
+    shown = {name: value for name, value in flat.items() if name not in ("eval", "headline", "step")}
+    print(f"step {record['step']}", *(f"{name} {_cell(value)}" for name, value in shown.items()), sep="  ", flush=True)
+
+
+def _print_metrics(metrics: dict[str, float | None]) -> None:
+    for name, value in metrics.items():
+        print(f"  {name:<28} {_cell(value)}")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    return "-" if value is None else str(value)

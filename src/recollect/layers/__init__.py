@@ -1,0 +1,21 @@
+"""Sequence layers: one file per mixer, all under the contract and the laws of ``recollect.core.layer``."""
+
+from __future__ import annotations
+
+from recollect.core.layer import SequenceLayer
+from recollect.layers.attention import Attention
+from recollect.layers.gru import GRU
+from recollect.layers.hax import HAX
+from recollect.layers.mamba2 import Mamba2
+from recollect.layers.s5 import S5
+from recollect.layers.sparse import SparseAttention
+
+LAYERS: dict[str, type[SequenceLayer]] = {
+    "gru": GRU,
+    "attention": Attention,
+    "s5": S5,
+    "mamba2": Mamba2,
+    "sparse": SparseAttention,
+    "hax": HAX,
+}
+"""Every layer by the ``kind`` of its config. A line here gives a layer the laws, the bench row and the command line."""

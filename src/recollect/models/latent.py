@@ -1,0 +1,67 @@
+"""Vectors of independent categoricals with straight-through gradients, as in DreamerV2 and DreamerV3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recollect.core.config import Config
+from recollect.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LatentConfig(Config, kind="categorical-latent"):
+    """``groups`` categoricals of ``classes`` each; ``unimix`` is the share of a uniform mixed into every
+    distribution.
+    """
+
+    groups: int = 32
+    classes: int = 32
+    unimix: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.classes < 2:
+            raise ConfigError(f"latent: needs groups >= 1 and classes >= 2, got {self.groups} x {self.classes}")
+        if not 0 <= self.unimix < 1:
+            raise ConfigError(f"latent: unimix must be in [0, 1), got {self.unimix}")
+
+    @property
+    def width(self) -> int:
+        """Z: length of a flattened sample, and of the logits that describe it."""
+        return self.groups * self.classes
+
+
+def log_probabilities(logits: Tensor, config: LatentConfig) -> Tensor:
+    """Log of (1 - unimix) softmax(logits) + unimix / classes, (..., groups, classes) from logits (..., Z)."""
+    log_p = torch.log_softmax(logits.unflatten(-1, (config.groups, config.classes)).float(), -1)
+    if not config.unimix:
+        return log_p
+    return torch.log((1 - config.unimix) * log_p.exp() + config.unimix / config.classes)
+
+
+def sample(log_p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One-hot samples (..., Z) whose gradient is that of the probabilities (straight-through)."""
+    p = log_p.exp()
+    u = torch.rand(*p.shape[:-1], 1, generator=generator, device=p.device, dtype=p.dtype)
+    chosen = (p.detach().cumsum(-1) < u).sum(-1).clamp(max=p.shape[-1] - 1)
+    one_hot = torch.nn.functional.one_hot(chosen, p.shape[-1]).to(p.dtype)
+    return (one_hot + p - p.detach()).flatten(-2)
+
+
+def mode(log_p: Tensor) -> Tensor:
+    """The most probable class of every group, one-hot (..., Z)."""
+    return torch.nn.functional.one_hot(log_p.argmax(-1), log_p.shape[-1]).to(log_p.dtype).flatten(-2)
+
+
+def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL[q || p] in nats, summed over groups: (...,)."""
+    return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
+
+
+def balanced_kl(log_q: Tensor, log_p: Tensor, balance: float, free_nats: float) -> Tensor:
+    """balance * max(f, KL[sg(q) || p]) + (1 - balance) * max(f, KL[q || sg(p)]) with f free nats, per position."""
+    prior = kl_divergence(log_q.detach(), log_p).clamp(min=free_nats)
+    posterior = kl_divergence(log_q, log_p.detach()).clamp(min=free_nats)
+    return balance * prior + (1 - balance) * posterior

@@ -1,0 +1,163 @@
+"""Encoders and decoders of observations: pixels by convolutions, tile codes by an MLP over one-hot codes.
+
+Both come in pairs with one interface. An encoder maps observations (N, ...) to features (N, F). A decoder maps features
+(N, F) to predictions, and knows its ``loss`` (N,) against the truth and the ``observation`` a prediction stands for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recollect.core.config import Config
+from recollect.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class VisionConfig(Config):
+    """Base of what a world model looks at."""
+
+    def encoder(self) -> tuple[nn.Module, int]:
+        """The encoder and the width F of its features."""
+        raise NotImplementedError
+
+    def decoder(self, features: int) -> Decoder:
+        """The decoder from features of that width."""
+        raise NotImplementedError
+
+
+class Decoder(nn.Module):
+    """From features to a predicted observation."""
+
+    def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        """Negative log-likelihood up to a constant, summed over the observation: (N,)."""
+        raise NotImplementedError
+
+    def observation(self, prediction: Tensor) -> Tensor:
+        """The observation a prediction stands for, in the observation's own type."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Tiles(VisionConfig, kind="tiles"):
+    """Grids of integer codes, (rows, columns) uint8 below ``n_codes``. Loss: cross-entropy, summed over tiles."""
+
+    rows: int = 5
+    columns: int = 5
+    n_codes: int = 16
+    hidden: int = 128
+
+    def encoder(self) -> tuple[nn.Module, int]:
+        return _TileEncoder(self), self.hidden
+
+    def decoder(self, features: int) -> Decoder:
+        return _TileDecoder(self, features)
+
+
+@dataclass(frozen=True)
+class Pixels(VisionConfig, kind="pixels"):
+    """Square RGB images, (size, size, 3) uint8. Loss: squared error on [0, 1], summed over pixels and channels.
+
+    Strided 4 x 4 convolutions halve the image until it is 8 wide or less, channels doubling from ``depth``.
+    """
+
+    size: int = 40
+    depth: int = 16
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.size % (1 << self.stages):
+            raise ConfigError(f"pixels: size {self.size} cannot be halved to 8 or less; use 40 or 64")
+
+    @property
+    def stages(self) -> int:
+        """How often the image is halved."""
+        stages, size = 0, self.size
+        while size > 8:
+            stages, size = stages + 1, size // 2
+        return stages
+
+    def encoder(self) -> tuple[nn.Module, int]:
+        encoder = _PixelEncoder(self)
+        return encoder, encoder.features
+
+    def decoder(self, features: int) -> Decoder:
+        return _PixelDecoder(self, features)
+
+
+class _TileEncoder(nn.Module):
+    def __init__(self, config: Tiles) -> None:
+        super().__init__()
+        self.n_codes = config.n_codes
+        width = config.rows * config.columns * config.n_codes
+        self.net = nn.Sequential(
+            nn.Linear(width, config.hidden), nn.SiLU(), nn.Linear(config.hidden, config.hidden), nn.SiLU()
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        one_hot = F.one_hot(codes.long(), self.n_codes).flatten(1)
+        return self.net(one_hot.to(next(self.parameters()).dtype))
+
+
+class _TileDecoder(Decoder):
+    def __init__(self, config: Tiles, features: int) -> None:
+        super().__init__()
+        self.shape = (config.rows, config.columns, config.n_codes)
+        width = config.rows * config.columns * config.n_codes
+        self.net = nn.Sequential(
+            nn.Linear(features, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, width),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.net(features).unflatten(-1, self.shape)
+
+    def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        each = F.cross_entropy(prediction.flatten(0, -2), truth.long().flatten(), reduction="none")
+        return each.view(truth.shape).sum((-2, -1))
+
+    def observation(self, prediction: Tensor) -> Tensor:
+        return prediction.argmax(-1).to(torch.uint8)
+
+
+class _PixelEncoder(nn.Module):
+    def __init__(self, config: Pixels) -> None:
+        super().__init__()
+        channels = [3, *(config.depth << i for i in range(config.stages))]
+        blocks: list[nn.Module] = []
+        for before, after in itertools.pairwise(channels):
+            blocks += [nn.Conv2d(before, after, 4, 2, 1), nn.GroupNorm(1, after), nn.SiLU()]
+        self.net = nn.Sequential(*blocks)
+        self.features = channels[-1] * (config.size >> config.stages) ** 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.permute(0, 3, 1, 2).to(next(self.parameters()).dtype) / 255).flatten(1)
+
+
+class _PixelDecoder(Decoder):
+    def __init__(self, config: Pixels, features: int) -> None:
+        super().__init__()
+        channels = [*(config.depth << i for i in reversed(range(config.stages))), 3]
+        self.seed = (channels[0], config.size >> config.stages, config.size >> config.stages)
+        self.linear = nn.Linear(features, self.seed[0] * self.seed[1] * self.seed[2])
+        blocks: list[nn.Module] = []
+        for i, (before, after) in enumerate(itertools.pairwise(channels)):
+            blocks.append(nn.ConvTranspose2d(before, after, 4, 2, 1))
+            if i < config.stages - 1:
+                blocks += [nn.GroupNorm(1, after), nn.SiLU()]
+        self.net = nn.Sequential(*blocks)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.net(self.linear(features).view(-1, *self.seed)).permute(0, 2, 3, 1)
+
+    def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        return (prediction - truth.to(prediction.dtype) / 255).square().sum((-3, -2, -1))
+
+    def observation(self, prediction: Tensor) -> Tensor:
+        return (prediction.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,222 @@
+"""The state-space dual form of Mamba-2 (arXiv 2405.21060, section 6): scalar decay per head, outer-product writes.
+
+h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t  (per head, h of size P x N)
+
+A reset at t empties the state before position t is consumed. Sums are taken in at least float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recollect.ops.scan import accumulator_dtype
+
+
+def ssd_step(
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    D_H: Tensor | None,
+    h_BHPN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One position of ``ssd``: y (B, H, P) and the next state (B, H, P, N). O(B H P N)."""
+    n_heads, dtype = x_BHP.shape[1], h_BHPN.dtype
+    x_BHP, dt_BH = x_BHP.to(dtype), dt_BH.to(dtype)
+    per_group = n_heads // B_BGN.shape[1]
+    B_BHN = B_BGN.to(dtype).repeat_interleave(per_group, 1)
+    C_BHN = C_BGN.to(dtype).repeat_interleave(per_group, 1)
+    decay_BH = torch.exp(dt_BH * A_H.to(dtype))
+    write_BHPN = (x_BHP * dt_BH.unsqueeze(-1)).unsqueeze(-1) * B_BHN.unsqueeze(-2)
+    h_BHPN = decay_BH[:, :, None, None] * h_BHPN + write_BHPN
+    y_BHP = (h_BHPN * C_BHN.unsqueeze(-2)).sum(-1)
+    if D_H is not None:
+        y_BHP = y_BHP + D_H.to(dtype).unsqueeze(-1) * x_BHP
+    return y_BHP, h_BHPN
+
+
+def ssd_reference(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    h_init: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``ssd`` one position after the other, as the equation is written."""
+    h_BHPN = _initial(x_BLHP, B_BLGN, h_init)
+    reset_steps = (None,) * x_BLHP.shape[1] if reset is None else reset.unbind(1)
+    steps = zip(x_BLHP.unbind(1), dt_BLH.unbind(1), B_BLGN.unbind(1), C_BLGN.unbind(1), reset_steps, strict=True)
+    outputs = []
+    for x_BHP, dt_BH, B_BGN, C_BGN, reset_B in steps:
+        if reset_B is not None:
+            h_BHPN = h_BHPN.masked_fill(reset_B[:, None, None, None], 0)
+        y_BHP, h_BHPN = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, h_BHPN)
+        outputs.append(y_BHP)
+    return torch.stack(outputs, 1), h_BHPN
+
+
+def ssd(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    h_init: Tensor | None = None,
+    reset: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Outputs y (B, L, H, P) and the last state (B, H, P, N), parallel over time.
+
+    x (B, L, H, P); dt (B, L, H) positive step sizes; A (H,) negative; B, C (B, L, G, N) with G dividing H (heads of a
+    group share them); D (H,) skip; h_init (B, H, P, N), None for zero; reset (B, L) bool. Any L >= 1.
+
+    The sequence is cut into equal chunks of at most ``chunk_size`` positions Q: quadratic attention with decays inside,
+    one state per chunk between. Time O(B L H (Q P + P N)), memory O(B L H (Q + P N / Q)). First derivatives only.
+    """
+    # Mixed-precision autocast would take the products in half precision.
+    with torch.autocast(x_BLHP.device.type, enabled=False):
+        return _chunked(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, h_init, reset, chunk_size)
+
+
+def _chunked(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None,
+    h_init: Tensor | None,
+    reset: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    batch, length, n_heads, width = x_BLHP.shape
+    n_groups, d_state = B_BLGN.shape[2:]
+    heads = n_heads // n_groups
+    h_BHPN = None if h_init is None else _initial(x_BLHP, B_BLGN, h_init)
+    dtype = accumulator_dtype(x_BLHP.dtype)
+    x, dt, B, C = (t.to(dtype) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
+    n_chunks = -(-length // chunk_size)
+    size = -(-length // n_chunks)
+
+    def chunked(t: Tensor) -> Tensor:
+        # Padding has dt = 0: it writes nothing and decays nothing, so the last state needs no correction.
+        padding = n_chunks * size - length
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) if padding else t
+        return t.unflatten(1, (n_chunks, size))
+
+    xdt_BCQHP = chunked(x * dt.unsqueeze(-1))
+    log_BCHQ = chunked(dt * A_H.to(dtype)).transpose(2, 3).contiguous().cumsum(-1)
+    B_BCGQN, C_BCGQN = chunked(B).transpose(2, 3), chunked(C).transpose(2, 3)
+    masks = None if reset is None else _ResetMasks(chunked(reset.unsqueeze(-1)).squeeze(-1))
+
+    scores_BCGQS = C_BCGQN @ B_BCGQN.mT
+    same = None if masks is None else masks.same_BCQS
+    y_BCHQP: Tensor = _Within.apply(scores_BCGQS, log_BCHQ, xdt_BCQHP.transpose(2, 3), same)  # pyright: ignore[reportAssignmentType]
+
+    # What each chunk writes into its last state, one product per group: (N x Q) (Q x heads P).
+    tail_BCHQ = torch.exp(log_BCHQ[..., -1:] - log_BCHQ)
+    if masks is not None:
+        tail_BCHQ = tail_BCHQ * masks.to_end_BCQ.unsqueeze(2)
+    write_BCQHP = xdt_BCQHP * tail_BCHQ.transpose(2, 3).unsqueeze(-1)
+    write_BCGQR = write_BCQHP.unflatten(3, (n_groups, heads)).transpose(2, 3).flatten(4)
+    write_BCGNR = B_BCGQN.mT @ write_BCGQR
+
+    total_BCH = torch.exp(log_BCHQ[..., -1])
+    if masks is not None:
+        total_BCH = total_BCH * masks.whole_BC.unsqueeze(2)
+    total_BCG1R = total_BCH.repeat_interleave(width, 2).view(batch, n_chunks, n_groups, 1, heads * width)
+    state_BGNR = None
+    if h_BHPN is not None:
+        state_BGNR = h_BHPN.unflatten(1, (n_groups, heads)).permute(0, 1, 4, 2, 3).flatten(3)
+    before: list[Tensor] = []
+    for write_BGNR, total_BG1R in zip(write_BCGNR.unbind(1), total_BCG1R.unbind(1), strict=True):
+        if state_BGNR is None:
+            before.append(torch.zeros_like(write_BGNR))
+            state_BGNR = write_BGNR
+        else:
+            before.append(state_BGNR)
+            state_BGNR = torch.addcmul(write_BGNR, total_BG1R, state_BGNR)
+    assert state_BGNR is not None
+
+    if n_chunks > 1 or h_BHPN is not None:
+        head_BCHQ = torch.exp(log_BCHQ)
+        if masks is not None:
+            head_BCHQ = head_BCHQ * masks.from_start_BCQ.unsqueeze(2)
+        read_BCGQR = C_BCGQN @ torch.stack(before, 1)
+        read_BCHQP = read_BCGQR.unflatten(4, (heads, width)).transpose(3, 4).flatten(2, 3)
+        y_BCHQP = torch.addcmul(y_BCHQP, read_BCHQP, head_BCHQ.unsqueeze(-1))
+    y_BLHP = y_BCHQP.transpose(2, 3).flatten(1, 2)[:, :length]
+    if D_H is not None:
+        y_BLHP = torch.addcmul(y_BLHP, x, D_H.to(dtype).unsqueeze(-1))
+    last_BHPN = state_BGNR.view(batch, n_groups, d_state, heads, width).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    return y_BLHP, last_BHPN
+
+
+class _ResetMasks:
+    """Which decays survive the resets inside every chunk; a segment is a run of positions without a reset."""
+
+    def __init__(self, reset_BCQ: Tensor) -> None:
+        segment_BCQ = reset_BCQ.cumsum(-1)
+        size = reset_BCQ.shape[-1]
+        causal_QS = torch.ones(size, size, dtype=torch.bool, device=reset_BCQ.device).tril()
+        self.same_BCQS = (segment_BCQ.unsqueeze(-1) == segment_BCQ.unsqueeze(-2)) & causal_QS
+        self.from_start_BCQ = segment_BCQ == 0
+        self.to_end_BCQ = segment_BCQ == segment_BCQ[..., -1:]
+        self.whole_BC = segment_BCQ[..., -1] == 0
+
+
+class _Within(torch.autograd.Function):
+    """Decayed attention inside a chunk: y_q = sum_{s <= q} scores_qs exp(log_q - log_s) x_s.
+
+    Written by hand because the (H, Q, Q) arrays bound the speed: with M = scores * decay the gradient of ``log`` needs
+    only row and column sums of dM * M, which are dy . y and dx . x, so no such array is formed for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores_BCGQS: Tensor, log_BCHQ: Tensor, x_BCHQP: Tensor, same_BCQS: Tensor | None) -> Tensor:
+        x_BCHQP = x_BCHQP.contiguous()
+        # Above the diagonal the exponent may overflow to inf; those entries are overwritten, never multiplied.
+        decay_BCHQS = (log_BCHQ.unsqueeze(-1) - log_BCHQ.unsqueeze(-2)).exp_()
+        if same_BCQS is None:
+            decay_BCHQS.tril_()
+        else:
+            decay_BCHQS.masked_fill_(~same_BCQS.unsqueeze(2), 0)
+        grouped = (scores_BCGQS.shape[2], -1)
+        mixing_BCHQS = (decay_BCHQS.unflatten(2, grouped) * scores_BCGQS.unsqueeze(3)).flatten(2, 3)
+        y_BCHQP = mixing_BCHQS @ x_BCHQP
+        ctx.save_for_backward(decay_BCHQS, mixing_BCHQS, x_BCHQP, y_BCHQP)
+        ctx.grouped = grouped
+        return y_BCHQP
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        decay_BCHQS, mixing_BCHQS, x_BCHQP, y_BCHQP = ctx.saved_tensors
+        dy_BCHQP = grad_outputs[0].contiguous()
+        dx_BCHQP = mixing_BCHQS.mT @ dy_BCHQP
+        dscores_BCHQS = (dy_BCHQP @ x_BCHQP.mT).mul_(decay_BCHQS)
+        dscores_BCGQS = dscores_BCHQS.unflatten(2, ctx.grouped).sum(3)
+        dlog_BCHQ = (dy_BCHQP * y_BCHQP).sum(-1) - (dx_BCHQP * x_BCHQP).sum(-1)
+        return dscores_BCGQS, dlog_BCHQ, dx_BCHQP, None
+
+
+def _initial(x_BLHP: Tensor, B_BLGN: Tensor, h_init: Tensor | None) -> Tensor:
+    batch, _, n_heads, width = x_BLHP.shape
+    dtype = accumulator_dtype(x_BLHP.dtype)
+    if h_init is None:
+        return torch.zeros(batch, n_heads, width, B_BLGN.shape[3], dtype=dtype, device=x_BLHP.device)
+    return h_init.to(dtype)

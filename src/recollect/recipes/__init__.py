@@ -1,0 +1,50 @@
+"""Recipes: functions that return a complete FaceOff. Entries are lazy, so that listing them imports nothing heavy.
+
+A recipe of one's own needs no entry here: every command takes ``package.module:function`` as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+from recollect.core.errors import ConfigError, nearest
+from recollect.train.run import FaceOff
+
+RECIPES: dict[str, str] = {
+    "demo": "recollect.recipes.demo:demo",
+    "demo-smoke": "recollect.recipes.demo:demo_smoke",
+}
+
+
+def import_recipe(name: str) -> Any:
+    """The function behind a recipe's name, or behind ``module:function``; its module defines the configs it uses.
+
+    Raises ConfigError naming the nearest recipe when there is none of that name.
+    """
+    target = RECIPES.get(name, name)
+    module_name, colon, function_name = target.partition(":")
+    if not colon:
+        raise ConfigError(f"unknown recipe '{name}'{nearest(name, RECIPES)}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(f"recipe '{name}': there is no module '{error.name}' on the Python path") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"recipe '{name}': module '{module_name}' has no function '{function_name}'")
+    return function
+
+
+def load_recipe(name: str) -> FaceOff:
+    """The face-off of a recipe, each run carrying ``name``, by which it is found again when it is resumed.
+
+    Raises ConfigError when the name is unknown or the function returns something else.
+    """
+    faceoff = import_recipe(name)()
+    if not isinstance(faceoff, FaceOff):
+        raise ConfigError(f"recipe '{name}' returned {type(faceoff).__name__}, not a FaceOff")
+    return replace(faceoff, runs=tuple(replace(run, recipe=name) for run in faceoff.runs))

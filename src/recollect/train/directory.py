@@ -1,0 +1,129 @@
+"""A run's directory: which config it belongs to, who is writing to it, and what it ended with.
+
+``config.json`` ``environment.json`` ``metrics.jsonl`` ``checkpoints/`` ``results.json`` ``arrays.npz``. Whole files are
+replaced atomically, so a killed process leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recollect.core.config import differences, dumps, fingerprint, from_dict, to_dict
+from recollect.core.errors import RunError
+from recollect.train.run import RunConfig
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: written beside it, synced to disk, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON. Raises RunError naming the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist; is {path.parent} a run's directory?") from None
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read ({error}); delete it and run the same command again") from None
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run and the rules for writing below them."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device and commit of every start."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        """Written last: a run that has it is finished."""
+        return self.path / "results.json"
+
+    @property
+    def arrays(self) -> Path:
+        """Arrays of the final evaluation."""
+        return self.path / "arrays.npz"
+
+    def claim(self, run: RunConfig) -> None:
+        """Make the directory this run's own, or check that it is.
+
+        Raises RunError naming the keys that differ when it belongs to another config.
+        """
+        if not self.config.exists():
+            if self.path.exists() and any(self.path.glob("checkpoints/*.json")):
+                raise RunError(f"{self.path} holds checkpoints but no config.json; choose another --out or delete it")
+            write_atomically(self.config, dumps(run).encode())
+            return
+        changed = differences(read_json(self.config), json.loads(json.dumps(to_dict(run))))
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise RunError(
+                f"{self.path} holds a run of another config ({'; '.join(changed[:3])}{more}); "
+                f"choose another --out or delete that directory"
+            )
+
+    def finished(self, run: RunConfig) -> dict[str, Any] | None:
+        """What ``results.json`` holds when this very run has ended; None while it has not."""
+        if not self.results.exists():
+            return None
+        results = read_json(self.results)
+        return results if results.get("fingerprint") == fingerprint(run) else None
+
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """Hold the directory for this process; the system lets go of it however the process ends.
+
+        Raises RunError when another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"another process is training in {self.path}; wait for it or stop it") from None
+            yield
+
+
+def load_run(directory: Path) -> RunConfig:
+    """The config of a run's directory. The module that defines its problem must have been imported.
+
+    Raises RunError when there is none, ConfigError when it does not decode.
+    """
+    path = RunDirectory(directory).config
+    return from_dict(RunConfig, read_json(path), str(path))

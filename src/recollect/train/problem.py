@@ -1,0 +1,61 @@
+"""What a training run needs to know of the thing it trains: the one seam between the loop and everything else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from recollect.core.seeding import Streams
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores: ``metrics`` are numbers to tabulate, ``details`` JSON data, ``arrays`` go to ``arrays.npz``."""
+
+    metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+    arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, Any])
+
+
+class Problem(ABC):
+    """A model, where its batches come from, its loss and its scores.
+
+    Every source of chance is addressed by name and step, never consumed in order: that is what lets a run resume bit
+    for bit from parameters and optimizer state alone.
+    """
+
+    headline: ClassVar[str] = "loss"
+    """The metric of ``evaluate`` that progress shows and the best checkpoint is chosen by."""
+
+    higher_is_better: ClassVar[bool] = False
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The untrained model on the CPU. Called under the global torch seed of the run's ``init`` stream."""
+
+    @abstractmethod
+    def batch(self, step: int, streams: Streams, device: torch.device) -> Any:
+        """The batch of 1-based ``step``, from ``streams.numpy("data", "train", step)`` or its torch twin.
+
+        Any tree of dataclasses, mappings, tuples and tensors. The same arguments give the same batch.
+        """
+
+    @abstractmethod
+    def loss(
+        self, model: nn.Module, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """A scalar to descend and the numbers to log. ``generator`` is this step's own, on the batch's device."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, streams: Streams, *, final: bool) -> Evaluation:
+        """Scores on data of the ``eval`` stream. Called in eval mode without gradients; ``final`` may take longer."""
+
+    @abstractmethod
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """JSON facts for ``results.json``: at least ``params`` and ``state_bytes`` (of one sequence)."""

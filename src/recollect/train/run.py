@@ -1,0 +1,140 @@
+"""Configs of training: one run, and a face-off of many. Importing this module imports neither torch nor any model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from recollect.core.config import Config, override
+from recollect.core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from recollect.train.problem import Problem
+
+Group = Literal["recall", "world"]
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config, kind="train"):
+    """How the parameters are fitted: AdamW with decoupled weight decay, linear warm-up, then cosine or constant.
+
+    The rate of 1-based step n is ``lr * n / warmup_steps`` while n < warmup_steps; then, with the cosine,
+    ``lr * (r + (1 - r) * (1 + cos(pi * t)) / 2)`` where r = ``min_lr_ratio`` and t runs from 0 to 1 at the last step.
+    Decay spares parameters of fewer than two axes and those marked ``_no_weight_decay``; ``_lr_scale`` on a parameter
+    multiplies its rate.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    clip: float = 1.0
+    """Largest L2 norm of all gradients together; 0 turns clipping off."""
+    ema: float = 0.0
+    """Decay per step of an average of the parameters, used for evaluation; 0 turns it off."""
+    autocast: Literal["off", "bf16"] = "off"
+    log_every: int = 50
+    eval_every: int = 0
+    """Steps between evaluations while training; 0: only at the end."""
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    time_limit_s: float | None = None
+    """Wall seconds of training, over all resumptions, after which the run stops and is scored as it stands."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "eval_every", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}")
+        for name, value in (("ema", self.ema), ("betas.0", self.betas[0]), ("betas.1", self.betas[1])):
+            if not 0 <= value < 1:
+                raise ConfigError(f"train.{name} must be in [0, 1), got {value}")
+        if not self.lr > 0 or not self.eps > 0:
+            raise ConfigError(f"train.lr and train.eps must be positive, got {self.lr} and {self.eps}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"train.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        if self.time_limit_s is not None and not self.time_limit_s > 0:
+            raise ConfigError(f"train.time_limit_s must be positive or null, got {self.time_limit_s}")
+
+
+@dataclass(frozen=True)
+class ProblemConfig(Config):
+    """Base of the configs that describe what is trained; see ``recollect.train.problem.Problem``."""
+
+    @abstractmethod
+    def build(self) -> Problem:
+        """The problem this config describes."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Config, kind="run"):
+    """Everything that decides the outcome of one run, and nothing else."""
+
+    recipe: str
+    group: Group
+    row: str
+    seed: int
+    problem: ProblemConfig
+    train: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """``group/row/seed0``: its place below a face-off's directory."""
+        return f"{self.group}/{self.row}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class FaceOff(Config, kind="faceoff"):
+    """Rows to compare, each trained once per seed. A recipe is a function that returns one."""
+
+    name: str
+    title: str
+    runs: tuple[RunConfig, ...]
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        rows = [(run.group, run.row) for run in self.runs]
+        for group, row in rows:
+            if rows.count((group, row)) > 1:
+                raise ConfigError(f"face-off '{self.name}': row '{row}' of group '{group}' is listed more than once")
+        if not self.runs or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"face-off '{self.name}' needs at least one run and distinct seeds, got {self.seeds}")
+
+    def expanded(self) -> tuple[RunConfig, ...]:
+        """One config per row and seed; all rows of the first seed come first."""
+        return tuple(replace(run, seed=seed) for seed in self.seeds for run in self.runs)
+
+    def overridden(self, assignments: Iterable[str], seeds: tuple[int, ...] = ()) -> FaceOff:
+        """``key=value`` strings applied to every run, and other seeds where any are given."""
+        assignments = list(assignments)
+        runs = tuple(override(run, assignments) for run in self.runs)
+        return replace(self, runs=runs, seeds=seeds or self.seeds)
+
+    def pick(self, row: str, group: str | None = None) -> RunConfig:
+        """The run of one row; ``group`` is needed only where two groups have a row of that name.
+
+        Raises ConfigError naming the nearest row, or the groups to choose from.
+        """
+        found = [run for run in self.runs if run.row == row and group in (None, run.group)]
+        if not found:
+            rows = {run.row for run in self.runs if group in (None, run.group)}
+            within = f" in group '{group}'" if group else ""
+            raise ConfigError(f"recipe '{self.name}' has no row '{row}'{within}{nearest(row, rows)}")
+        if len(found) > 1:
+            groups = " or ".join(f"--group {run.group}" for run in found)
+            raise ConfigError(f"recipe '{self.name}' has row '{row}' more than once: add {groups}")
+        return found[0]
+
+
+def default_directory(run: RunConfig) -> Path:
+    """Where a run goes when no ``--out`` is given: the place it has in its recipe's face-off."""
+    return Path("runs") / run.recipe.replace(":", ".") / run.name

@@ -1,0 +1,158 @@
+"""Training a world model on the episodes of an environment."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recollect.core.config import fingerprint
+from recollect.core.errors import ConfigError
+from recollect.core.seeding import Streams
+from recollect.data import EpisodeStore, Windows, collect, observations
+from recollect.envs import DistractingMemory
+from recollect.envs.tiles import N_CODES, TILE_PIXELS
+from recollect.eval.imagination import dream, strip
+from recollect.models.backbone import Backbone
+from recollect.models.latent import LatentConfig
+from recollect.models.vision import Pixels, Tiles
+from recollect.models.world_model import Batch, WorldModel
+from recollect.train.problem import Evaluation, Problem
+from recollect.train.run import ProblemConfig
+
+KEYS = ("tiles", "action", "reward", "is_first")
+
+
+@dataclass(frozen=True)
+class WorldConfig(ProblemConfig, kind="world"):
+    """An environment, how it is seen, and the world model's parts. Episodes are trained on whole."""
+
+    env: DistractingMemory.Config
+    backbone: Backbone.Config
+    observation: Literal["tiles", "pixels"] = "tiles"
+    latent: LatentConfig = field(default_factory=lambda: LatentConfig(groups=16, classes=16))
+    hidden: int = 128
+    depth: int = 16
+    """Channels of the first convolution, with pixels."""
+    batch_size: int = 16
+    reward_weight: float = 1.0
+    kl_weight: float = 1.0
+    free_nats: float = 1.0
+    n_episodes: int = 4096
+    """Episodes of the training split; a store of them is made once and shared by all runs that ask for the same."""
+    n_valid: int = 128
+    n_test: int = 512
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "n_episodes", "n_valid", "n_test"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"world.{name} must be at least 1, got {getattr(self, name)}")
+
+    def build(self) -> World:
+        return World(self)
+
+    def model(self) -> WorldModel.Config:
+        """The world model that fits the environment."""
+        vision = (
+            Tiles(n_codes=N_CODES, hidden=self.hidden)
+            if self.observation == "tiles"
+            else Pixels(size=5 * TILE_PIXELS, depth=self.depth)
+        )
+        return WorldModel.Config(
+            n_actions=DistractingMemory.n_actions,
+            backbone=self.backbone,
+            vision=vision,
+            latent=self.latent,
+            hidden=self.hidden,
+            kl_weight=self.kl_weight,
+            free_nats=self.free_nats,
+            reward_weight=self.reward_weight,
+        )
+
+
+class World(Problem):
+    """The evidence bound of whole episodes; scored by the reward predicted at the end of the imagined query."""
+
+    headline = "imagination_accuracy"
+    higher_is_better = True
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+        self._windows: dict[str, Windows] = {}
+
+    def prepare(self) -> None:
+        for split in ("train", "valid", "test"):
+            self._split(split)
+
+    def build_model(self) -> WorldModel:
+        return WorldModel(self.config.model())
+
+    def batch(self, step: int, streams: Streams, device: torch.device) -> Batch:
+        windows = self._split("train")
+        drawn = streams.numpy("data", "train", step).integers(len(windows), size=self.config.batch_size)
+        return self._load(windows, drawn, device)
+
+    def loss(
+        self, model: nn.Module, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        assert isinstance(model, WorldModel)
+        total, metrics = model.loss(batch, generator)
+        return total, {**metrics}
+
+    def evaluate(self, model: nn.Module, streams: Streams, *, final: bool) -> Evaluation:
+        assert isinstance(model, WorldModel)
+        device = next(model.parameters()).device
+        split = "test" if final else "valid"
+        windows = self._split(split)
+        generator = streams.torch("eval", split, device=str(device))
+        env = self.config.env
+        result = dream(model, self._load(windows, range(len(windows)), device), env.context_length, generator)
+        metrics = {
+            "imagination_accuracy": result.imagination_accuracy,
+            "inference_accuracy": result.inference_accuracy,
+            "reconstruction_mse": result.reconstruction_mse,
+            "generation_mse": float(result.generation_mse.mean()),
+        }
+        details = {
+            "context": env.context_length,
+            "query": env.query_length,
+            "width": env.width,
+            "observation": self.config.observation,
+            "chance": 0.5,
+            "generation_mse_curve": result.generation_mse.tolist(),
+        }
+        return Evaluation(metrics, details, strip(result) if final else {})
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        return {
+            "params": sum(p.numel() for p in model.parameters()),
+            "state_bytes": self.config.backbone.state_bytes(1, seen=self.config.env.episode_length),
+        }
+
+    def _load(self, windows: Windows, numbers: Any, device: torch.device) -> Batch:
+        arrays = windows.batch_at(numbers)
+        seen = observations(arrays, self.config.observation)
+        fields = (seen, arrays["action"], arrays["reward"], arrays["is_first"])
+        return Batch(*(torch.from_numpy(array).to(device) for array in fields))
+
+    def _split(self, split: str) -> Windows:
+        if split not in self._windows:
+            self._windows[split] = Windows(self._store(split), keys=KEYS)
+        return self._windows[split]
+
+    def _store(self, split: str) -> EpisodeStore:
+        """The split's episodes, made by whichever process comes first while the others wait."""
+        c = self.config
+        n = {"train": c.n_episodes, "valid": c.n_valid, "test": c.n_test}[split]
+        root = Path(os.environ.get("RECOLLECT_DATA", "runs/data"))
+        path = root / f"{c.env.kind}-{fingerprint(c.env)}-{split}-seed{c.data_seed}-{n}"
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return collect(c.env, n, c.data_seed, path, split)
