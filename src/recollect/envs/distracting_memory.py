@@ -39,8 +39,8 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from recollect.core.config import Config as BaseConfig
 from recollect.core.errors import ConfigError
+from recollect.envs.base import EnvConfig
 from recollect.envs.tiles import COLOURS, EMPTY, FIRST_COLOUR, N_CODES, TILE_PIXELS, WALL, Bytes, agent_code, render
 
 HEIGHT, MIDDLE = 9, 4
@@ -88,7 +88,7 @@ class DistractingMemory(gymnasium.Env[Bytes, np.int64]):
     """
 
     @dataclass(frozen=True)
-    class Config(BaseConfig, kind="distracting-memory"):
+    class Config(EnvConfig, kind="distracting-memory"):
         """Width of the grid in tiles with its walls, and what lies on the hallway floor.
 
         Raises ConfigError for a width below 11 (the cue would be seen from the start), a probability outside 0..1, or
@@ -121,11 +121,6 @@ class DistractingMemory(gymnasium.Env[Bytes, np.int64]):
         def query_length(self) -> int:
             """Frames from there to an object, width // 2 + 1."""
             return self.width // 2 + 1
-
-        @property
-        def episode_length(self) -> int:
-            """Frames of a scripted episode."""
-            return self.context_length + self.query_length
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own form)
     n_actions: ClassVar[int] = len(ACTIONS)

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from recollect.core.config import fingerprint
+from recollect.core.config import fingerprint, to_dict
 from recollect.core.errors import ConfigError
 from recollect.core.seeding import Streams
 from recollect.data import EpisodeStore, Windows, collect, observations
-from recollect.envs import DistractingMemory
+from recollect.envs import find
+from recollect.envs.base import EnvConfig
 from recollect.envs.tiles import N_CODES, TILE_PIXELS
 from recollect.eval.imagination import dream, strip
 from recollect.models.backbone import Backbone
@@ -32,7 +33,7 @@ KEYS = ("tiles", "action", "reward", "is_first")
 class WorldConfig(ProblemConfig, kind="world"):
     """An environment, how it is seen, and the world model's parts. Episodes are trained on whole."""
 
-    env: DistractingMemory.Config
+    env: EnvConfig
     backbone: Backbone.Config
     observation: Literal["tiles", "pixels"] = "tiles"
     latent: LatentConfig = field(default_factory=lambda: LatentConfig(groups=16, classes=16))
@@ -65,7 +66,7 @@ class WorldConfig(ProblemConfig, kind="world"):
             else Pixels(size=5 * TILE_PIXELS, depth=self.depth)
         )
         return WorldModel.Config(
-            n_actions=DistractingMemory.n_actions,
+            n_actions=find(self.env.kind).n_actions,
             backbone=self.backbone,
             vision=vision,
             latent=self.latent,
@@ -122,7 +123,7 @@ class World(Problem):
         details = {
             "context": env.context_length,
             "query": env.query_length,
-            "width": env.width,
+            "env": to_dict(env),
             "observation": self.config.observation,
             "chance": 0.5,
             "generation_mse_curve": result.generation_mse.tolist(),

@@ -1,0 +1,95 @@
+"""The demonstration: which backbone remembers? Minutes on two CPU cores, both halves of the question.
+
+*Recall*: joint recall of small tables with a state too small to hold them. Equal width, depth and training for all rows
+but the one at twice the width; the hybrids differ from ``mamba2`` by an attention branch and nothing else.
+
+*World*: Distracting Memory with a short hallway, seen as tile codes. Rows differ in the layers of the backbone only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from recollect.core.layer import LayerConfig
+from recollect.envs import DistractingMemory
+from recollect.layers.attention import Attention
+from recollect.layers.gru import GRU
+from recollect.layers.hax import HAX
+from recollect.layers.mamba2 import Mamba2
+from recollect.layers.s5 import S5
+from recollect.models.backbone import Backbone
+from recollect.models.latent import LatentConfig
+from recollect.ops.patterns import Full, KeySelection, Lsh, Pattern, Window
+from recollect.tasks import JointRecall
+from recollect.train.recall import RecallConfig
+from recollect.train.run import FaceOff, RunConfig, TrainConfig
+from recollect.train.world import WorldConfig
+
+HAX_PATTERNS = (Lsh(12, n_bits=3), KeySelection(12))
+
+
+def demo() -> FaceOff:
+    """Five recall rows and four world rows, two seeds each: about ten minutes on two cores."""
+    return FaceOff("demo", "Which backbone remembers?", (*recall_rows(), *world_rows()), seeds=(0, 1))
+
+
+def demo_smoke() -> FaceOff:
+    """The demonstration's every row with a few steps on tiny sizes: the code path, not the numbers."""
+
+    def shrink(run: RunConfig) -> RunConfig:
+        problem = run.problem
+        if isinstance(problem, RecallConfig):
+            task = JointRecall.Config(n_contexts=(1, 2), n_keys=(1, 2), n_values=4)
+            problem = replace(problem, task=task, batch_size=4, valid_samples=4, test_samples=4)
+        elif isinstance(problem, WorldConfig):
+            env = DistractingMemory.Config(width=11)
+            problem = replace(problem, env=env, batch_size=2, n_episodes=16, n_valid=4, n_test=8)
+        train = replace(run.train, steps=6, warmup_steps=2, log_every=2, eval_every=3, checkpoint_every=3)
+        return replace(run, problem=problem, train=train)
+
+    whole = demo()
+    return replace(whole, name="demo-smoke", runs=tuple(shrink(run) for run in whole.runs), seeds=(0,))
+
+
+def recall_rows() -> tuple[RunConfig, ...]:
+    """``mamba2`` alone, twice as wide, and joined by each kind of attention, on tables of 2..4 contexts x 2..4 keys."""
+    task = JointRecall.Config(n_contexts=(2, 4), n_keys=(2, 4))
+    train = TrainConfig(steps=2000, lr=2e-3, warmup_steps=50, log_every=20, eval_every=200, checkpoint_every=500)
+
+    def row(name: str, d_model: int, layer: LayerConfig) -> RunConfig:
+        problem = RecallConfig(task, Backbone.Config(d_model, layers=(layer, layer)))
+        return RunConfig("demo", "recall", name, 0, problem, train)
+
+    def mamba2(d_model: int) -> Mamba2.Config:
+        return Mamba2.Config(d_model, d_state=8, d_head=16)
+
+    def joined(*patterns: Pattern) -> HAX.Config:
+        return HAX.Config(64, mixer=mamba2(64), patterns=patterns)
+
+    return (
+        row("mamba2", 64, mamba2(64)),
+        row("mamba2-2x", 128, mamba2(128)),
+        row("mamba2+window", 64, joined(Window(24))),
+        row("mamba2+hax", 64, joined(*HAX_PATTERNS)),
+        row("mamba2+full", 64, joined(Full())),
+    )
+
+
+def world_rows() -> tuple[RunConfig, ...]:
+    """A world model on each backbone, in a hallway 12 tiles wide: 23 frames seen, 7 imagined."""
+    env = DistractingMemory.Config(width=12)
+    train = TrainConfig(steps=1600, lr=4e-3, warmup_steps=50, log_every=20, eval_every=200, checkpoint_every=400)
+
+    def row(name: str, layer: LayerConfig) -> RunConfig:
+        backbone = Backbone.Config(64, layers=(layer, layer), mlp_expand=2.0)
+        latent = LatentConfig(groups=16, classes=16)
+        problem = WorldConfig(env, backbone, latent=latent, kl_weight=0.1, reward_weight=10.0)
+        return RunConfig("demo", "world", name, 0, problem, train)
+
+    s5 = S5.Config(64, d_state=64)
+    return (
+        row("gru", GRU.Config(64)),
+        row("attention", Attention.Config(64, n_heads=4, window=64)),
+        row("s5", s5),
+        row("hax", HAX.Config(64, mixer=s5, patterns=(Lsh(8, n_bits=3), KeySelection(8)))),
+    )
