@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -210,7 +211,9 @@ def test_leftovers_of_a_kill_while_saving_do_no_harm(whole: Path, tmp_path: Path
     assert not list(tmp_path.glob("checkpoints/*11*")) + list(tmp_path.glob("checkpoints/*.partial"))
 
 
-@pytest.mark.parametrize(("problem", "what"), [("nan_at", "loss is nan"), ("bad_gradient_at", "gradient norm is (nan|inf)")])
+@pytest.mark.parametrize(
+    ("problem", "what"), [("nan_at", "loss is nan"), ("bad_gradient_at", "gradient norm is (nan|inf)")]
+)
 def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path, problem: str, what: str) -> None:
     run = toy_run(problem=ToyConfig(**{problem: 20}))
     with pytest.raises(RunError, match=what) as caught:
@@ -247,6 +250,19 @@ def test_the_time_limit_ends_a_run_and_scores_it(tmp_path: Path) -> None:
     assert results["steps"] == 1
     assert math.isfinite(results["metrics"]["error"])
     assert ckpt.stems(tmp_path / "checkpoints") == ["step-00000001"]
+
+
+def test_a_limit_that_passes_in_the_middle_of_a_step_still_saves_what_it_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock runs on with every look at it, so the limit is passed between any two of them."""
+    for limit in range(20, 30):
+        ticks = itertools.count()
+        monkeypatch.setattr("recollect.train.loop.time.monotonic", lambda ticks=ticks: float(next(ticks)))
+        results = train(toy_run(time_limit_s=float(limit)), tmp_path / str(limit))
+        assert 1 < results["steps"] < 30
+        assert ckpt.stems(tmp_path / str(limit) / "checkpoints")[-1] == ckpt.stem_of(results["steps"])
+        assert read_metrics(tmp_path / str(limit) / "metrics.jsonl")[-2]["step"] == results["steps"]
 
 
 def test_scores_come_from_the_average_of_the_parameters(whole: Path) -> None:

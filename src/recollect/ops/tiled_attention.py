@@ -74,7 +74,7 @@ def slot_pass(q_RLN: Tensor, k_RSN: Tensor, v_RSP: Tensor, sets: KeySets, slots:
     query = torch.arange(chunks * CHUNK, device=device).view(1, chunks, CHUNK, 1)
     death = torch.where(source >= 0, sets.slot_death_RS.flatten()[flat].view_as(source), 0)
     mask = (time.arrival_S[source.clamp(min=0)][:, :, None] <= query) & (query < death[:, :, None])
-    q = torch.nn.functional.pad(q_RLN, (0, 0, 0, chunks * CHUNK - length)).view(-1, CHUNK, d_key)
+    q = torch.nn.functional.pad(q_RLN, (0, 0, 0, chunks * CHUNK - length)).reshape(-1, CHUNK, d_key)
     k = k_RSN.reshape(-1, d_key).index_select(0, flat).view(rows * chunks, -1, d_key)
     v = v_RSP.reshape(-1, d_value).index_select(0, flat).view(rows * chunks, -1, d_value)
     partial = attend(q, k, v, mask.flatten(0, 1), scale)

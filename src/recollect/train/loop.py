@@ -145,27 +145,29 @@ class _Loop:
                 log.write(entry)
                 progress(entry)
 
-            saved_step, window = self.step, (self.step, time.monotonic())
-            while not self._done():
+            window = (self.step, time.monotonic())
+            done = self._done()
+            while not done:
                 self.step += 1
                 numbers = self._advance()
-                if self.step % self.config.log_every == 0 or self._done():
+                # Asked once per step: under a time limit the answer may change before the step is over.
+                done = self._done()
+                if done or self.step % self.config.log_every == 0:
                     now = time.monotonic()
                     speed = (self.step - window[0]) / max(now - window[1], 1e-9)
                     window = (self.step, now)
                     record({**_floats(numbers), "step": self.step, "steps_per_s": speed, "elapsed_s": self.wall_s})
-                if self.config.eval_every and self.step % self.config.eval_every == 0 and not self._done():
+                if self.config.eval_every and self.step % self.config.eval_every == 0 and not done:
                     record(self._score_midway())
                     window = (self.step, time.monotonic())
                 leaving = stop()
-                if leaving or self._done() or self.step % self.config.checkpoint_every == 0:
+                if leaving or done or self.step % self.config.checkpoint_every == 0:
                     log.sync()
                     self._save()
-                    saved_step = self.step
                     window = (self.step, time.monotonic())
-                if leaving and not self._done():
+                if leaving and not done:
                     raise StoppedError(
-                        f"stopped at step {saved_step} of {self.where.path}; the same command resumes there"
+                        f"stopped at step {self.step} of {self.where.path}; the same command resumes there"
                     )
             return self._finish(record)
 
