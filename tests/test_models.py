@@ -265,7 +265,7 @@ def test_a_policy_dreams_and_needs_a_horizon() -> None:
 
 def test_one_episode_can_be_learned_by_heart() -> None:
     """Overfitting one batch drives the image loss down and gets the reward right: every part reaches the model."""
-    model, batch = world_model("s5", kl_weight=0.1).float().train(), episodes(2, seed=1)
+    model, batch = world_model("s5", kl_weight=0.1, reward_weight=10.0).float().train(), episodes(2, seed=1)
     batch = Batch(batch.observation, batch.action.float(), batch.reward.float(), batch.is_first)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     first = last = torch.inf

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recollect.cli import arguments
-from recollect.core.errors import RecollectError, RunError
+from recollect.core.errors import RecollectError
 from recollect.train.directory import RunDirectory, load_run, read_json
 from recollect.train.run import RunConfig, default_directory
 
@@ -92,10 +92,8 @@ def _eval(command: arguments.Eval) -> int:
 
 
 def _imagine(command: arguments.Imagine) -> int:
-    run = _run_of(command.directory)
-    if run.group != "world":
-        raise RunError(f"{command.directory} is a run of group '{run.group}'; only world models imagine")
-    from recollect.eval.imagination import imagine_run
+    _run_of(command.directory)
+    from recollect.train.world import imagine_run
 
     out = command.out or command.directory / "imagined"
     written = imagine_run(command.directory, out, episodes=command.episodes, seed=command.seed)

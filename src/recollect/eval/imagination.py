@@ -10,6 +10,7 @@ observations compare.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recollect.core.errors import RunError
 from recollect.envs.tiles import render
 from recollect.models.world_model import Batch, WorldModel
 
@@ -86,6 +88,35 @@ def strip(result: Dream, n: int = 4, frames: int = 10) -> dict[str, npt.NDArray[
         "strip_reward_true": result.reward_true[:n],
         "strip_reward_imagined": result.reward_imagined[:n],
     }
+
+
+def save_strips(strips: dict[str, npt.NDArray[Any]], out: Path, *, scale: int = 3, gap: int = 2) -> Path:
+    """Write ``strips.npz`` and ``strips.png`` into ``out``: per episode a row of true frames over a row of imagined
+    ones.
+
+    Returns the picture's path. Raises RunError when Pillow is not installed or ``out`` is not a directory.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise RunError("drawing needs the extra 'report': pip install 'recollect[report]'") from None
+    pairs = np.stack([strips["strip_truth"], strips["strip_imagined"]], 1)  # (n, 2, T, H, W, 3)
+    n, _, frames, height, width, _ = pairs.shape
+    picture = np.full((n * (2 * (height + gap) + 2 * gap), frames * (width + gap), 3), 255, dtype=np.uint8)
+    for i in range(n):
+        for j in range(2):
+            top = i * (2 * (height + gap) + 2 * gap) + j * (height + gap)
+            for t in range(frames):
+                left = t * (width + gap)
+                picture[top : top + height, left : left + width] = pairs[i, j, t]
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; give --out a directory")
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out / "strips.npz", allow_pickle=False, **strips)
+    path = out / "strips.png"
+    image = Image.fromarray(picture)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+    return path
 
 
 def _picture(observation: Tensor) -> Bytes:

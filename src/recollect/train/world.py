@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +20,12 @@ from recollect.data import EpisodeStore, Windows, collect, observations
 from recollect.envs import find
 from recollect.envs.base import EnvConfig
 from recollect.envs.tiles import N_CODES, TILE_PIXELS
-from recollect.eval.imagination import dream, strip
+from recollect.eval.imagination import Dream, dream, save_strips, strip
 from recollect.models.backbone import Backbone
 from recollect.models.latent import LatentConfig
 from recollect.models.vision import Pixels, Tiles
 from recollect.models.world_model import Batch, WorldModel
+from recollect.train.loop import load_trained
 from recollect.train.problem import Evaluation, Problem
 from recollect.train.run import ProblemConfig
 
@@ -87,10 +90,6 @@ class World(Problem):
         self.config = config
         self._windows: dict[str, Windows] = {}
 
-    def prepare(self) -> None:
-        for split in ("train", "valid", "test"):
-            self._split(split)
-
     def build_model(self) -> WorldModel:
         return WorldModel(self.config.model())
 
@@ -113,7 +112,7 @@ class World(Problem):
         windows = self._split(split)
         generator = streams.torch("eval", split, device=str(device))
         env = self.config.env
-        result = dream(model, self._load(windows, range(len(windows)), device), env.context_length, generator)
+        result = self.dream(model, split, range(len(windows)), generator)
         metrics = {
             "imagination_accuracy": result.imagination_accuracy,
             "inference_accuracy": result.inference_accuracy,
@@ -130,13 +129,18 @@ class World(Problem):
         }
         return Evaluation(metrics, details, strip(result) if final else {})
 
+    def dream(self, model: WorldModel, split: str, episodes: Sequence[int], generator: torch.Generator) -> Dream:
+        """Observe the context of some episodes of a split, and imagine their query."""
+        batch = self._load(self._split(split), list(episodes), next(model.parameters()).device)
+        return dream(model, batch, self.config.env.context_length, generator)
+
     def describe(self, model: nn.Module) -> dict[str, Any]:
         return {
             "params": sum(p.numel() for p in model.parameters()),
             "state_bytes": self.config.backbone.state_bytes(1, seen=self.config.env.episode_length),
         }
 
-    def _load(self, windows: Windows, numbers: Any, device: torch.device) -> Batch:
+    def _load(self, windows: Windows, numbers: npt.ArrayLike, device: torch.device) -> Batch:
         arrays = windows.batch_at(numbers)
         seen = observations(arrays, self.config.observation)
         fields = (seen, arrays["action"], arrays["reward"], arrays["is_first"])
@@ -157,3 +161,22 @@ class World(Problem):
         with (root / f"{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return collect(c.env, n, c.data_seed, path, split)
+
+
+def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0) -> Path:
+    """Imagine some test episodes with a trained run, and draw them over the truth: ``strips.png`` and ``strips.npz``.
+
+    Returns the picture's path. Raises RunError when the run is missing or has no checkpoint, ConfigError when it is no
+    world model or has fewer test episodes than asked for.
+    """
+    run, problem, model = load_trained(directory)
+    if not isinstance(problem, World) or not isinstance(model, WorldModel):
+        raise ConfigError(f"{directory} is a run of group '{run.group}'; only world models imagine")
+    n_test = problem.config.n_test
+    if not 1 <= episodes <= n_test:
+        raise ConfigError(f"{directory} has {n_test} test episodes: --episodes must be in 1..{n_test}, got {episodes}")
+    streams = Streams(seed)
+    chosen = streams.numpy("eval", "imagine").permutation(n_test)[:episodes]
+    result = problem.dream(model, "test", chosen.tolist(), streams.torch("eval", "imagine"))
+    query = result.truth.shape[1]
+    return save_strips(strip(result, episodes, query), out)
