@@ -2,10 +2,10 @@
 
     python bench/bench_attention.py OUT.json [--longest 65536]
 
-Every figure is measured in a process of its own, so that peak memory is that case's and no other's. ``memory_mib`` is the
-peak resident set less what the process held before the inputs were made. HAX (LSH 32 of 2^8 buckets, key selection 32) and
-a window of 64 run ``ops.sparse_attention``; ``sdpa`` is PyTorch's own causal attention on the same heads, given up at the
-length where it would take minutes.
+Every figure is measured in a process of its own, so that peak memory is that case's and no other's. ``memory_mib`` is
+the peak resident set less what the process held before the inputs were made. HAX (LSH 32 of 2^8 buckets, key selection
+32) and a window of 64 run ``ops.sparse_attention``; ``sdpa`` is PyTorch's own causal attention on the same heads, given
+up at the length where it would take minutes.
 """
 
 from __future__ import annotations
