@@ -114,6 +114,8 @@ class Report:
 
     directory: Where
     """A face-off's directory: one that holds faceoff.json."""
+    publish: Annotated[Path | None, arg(metavar="PROJECT")] = None
+    """Also write results/NAME.json and docs/NAME.png below PROJECT and fill the result blocks of its Markdown files."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def execute(command: arguments.Command) -> int:
         case arguments.FaceOff():
             return _faceoff(command)
         case arguments.Report():
-            return _report(command.directory)
+            return _report(command.directory, command.publish)
         case arguments.Bench():
             return _bench(command)
 
@@ -125,17 +125,22 @@ def _faceoff(command: arguments.FaceOff) -> int:
     return 1 if failed else 0
 
 
-def _report(directory: Path) -> int:
+def _report(directory: Path, project: Path | None = None) -> int:
     from recollect.eval.report import terminal_table, write_report
 
     Console().print(terminal_table(directory))
     print(f"report: {write_report(directory)}")
+    if project is not None:
+        from recollect.eval.report_publish import publish
+
+        for path in publish(directory, project):
+            print(f"published: {path}")
     return 0
 
 
 def _bench(command: arguments.Bench) -> int:
+    from recollect.core.files import write_atomically
     from recollect.eval.bench_layers import bench_layers, table, to_json
-    from recollect.train.directory import write_atomically
 
     rows = bench_layers(
         command.layers,

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from recollect import __version__
 from recollect.core.config import differences
 from recollect.core.errors import DataError
+from recollect.core.files import write_atomically
 
 SCHEMA = 1
 """Raised whenever an older reader would misread the files."""
@@ -180,9 +181,4 @@ def _flush(file: BinaryIO) -> None:
 
 
 def _replace(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(json.dumps(data, indent=2, sort_keys=True).encode())
-        _flush(file)
-    temporary.replace(path)
+    write_atomically(path, json.dumps(data, indent=2, sort_keys=True).encode())

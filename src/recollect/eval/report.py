@@ -14,7 +14,6 @@ written beside its place and then renamed, so a reader never meets half a file. 
 from __future__ import annotations
 
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from recollect.core.errors import RecollectError
+from recollect.core.files import write_atomically
 from recollect.eval.report_data import (
     METRICS,
     FaceOff,
@@ -40,7 +40,7 @@ from recollect.eval.report_page import chapters, provenance, reels
 from recollect.eval.report_strips import films, summary_png
 from recollect.eval.report_text import Table, answer, sentences, tables
 
-__all__ = ["markdown_tables", "result_rows", "terminal_table", "write_report"]
+__all__ = ["answer_of", "markdown_tables", "result_rows", "terminal_table", "write_report"]
 
 QUESTION = "Which backbone remembers?"
 
@@ -70,7 +70,7 @@ def write_report(directory: Path) -> Path:
         "summary.png": summary_png(face, QUESTION, " ".join(answer(face))),
     }
     for name, content in files.items():
-        _write(face.directory / name, content)
+        write_atomically(face.directory / name, content)
     return face.directory / "report.html"
 
 
@@ -83,6 +83,11 @@ def terminal_table(directory: Path) -> RenderableType:
 def markdown_tables(directory: Path) -> str:
     """A Markdown table for each group, best in bold. Raises as ``write_report`` does."""
     return "\n".join(_markdown(table) for table in tables(load_faceoff(directory)))
+
+
+def answer_of(directory: Path) -> str:
+    """The answer in one or two sentences, as the terminal prints it. Raises as ``write_report`` does."""
+    return " ".join(answer(load_faceoff(directory)))
 
 
 def _page(face: FaceOff) -> str:
@@ -169,13 +174,3 @@ def _markdown(table: Table) -> str:
 
 def _json(data: Any) -> bytes:
     return (json.dumps(plain(data), indent=1, allow_nan=False) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RecollectError(f"'{path}' cannot be written: {error.strerror}") from None

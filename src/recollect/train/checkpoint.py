@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn, optim
 
 from recollect.core.errors import RunError
-from recollect.train.directory import write_atomically
+from recollect.core.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ replaced atomically, so a killed process leaves the old one or the new one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +15,8 @@ from typing import Any
 
 from recollect.core.config import differences, dumps, fingerprint, from_dict, to_dict
 from recollect.core.errors import RunError
+from recollect.core.files import write_atomically
 from recollect.train.run import RunConfig
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: written beside it, synced to disk, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_json(path: Path) -> Any:

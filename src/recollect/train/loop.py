@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from recollect.core.config import fingerprint
 from recollect.core.errors import RunError
+from recollect.core.files import write_atomically
 from recollect.core.seeding import Streams
 from recollect.train import checkpoint as ckpt
 from recollect.train.batches import digest, to_safetensors
-from recollect.train.directory import RunDirectory, load_run, read_json, write_atomically
+from recollect.train.directory import RunDirectory, load_run, read_json
 from recollect.train.metrics import MetricsLog, finite
 from recollect.train.problem import Evaluation, Problem
 from recollect.train.run import RunConfig, TrainConfig

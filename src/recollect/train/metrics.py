@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from recollect.train.directory import write_atomically
+from recollect.core.files import write_atomically
 
 
 def finite(value: Any) -> Any:

@@ -19,7 +19,8 @@ from typing import Literal
 
 from recollect.core.config import differences, dumps, to_dict
 from recollect.core.errors import ConfigError, RunError
-from recollect.train.directory import RunDirectory, read_json, write_atomically
+from recollect.core.files import write_atomically
+from recollect.train.directory import RunDirectory, read_json
 from recollect.train.metrics import read_metrics
 from recollect.train.run import FaceOff, RunConfig
 from recollect.train.runtime import REEXECUTED, SWEEP_COMMAND, SWEEP_PID, allocator_env, own_command

@@ -1,0 +1,48 @@
+"""Publishing a face-off: its rows under ``results/``, its picture under ``docs/``, its tables inside the documentation.
+
+Tables go where a Markdown file of the project says so, between two comments, so that no number is ever copied by hand::
+
+    <!-- results demo -->
+    (rewritten by ``recollect report runs/demo --publish .``)
+    <!-- end results -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from recollect.core.errors import RunError
+from recollect.core.files import write_atomically
+from recollect.eval.report import answer_of, markdown_tables, result_rows, write_report
+from recollect.eval.report_data import load_faceoff
+
+
+def publish(directory: Path, root: Path) -> list[Path]:
+    """Write ``results/NAME.json`` and ``docs/NAME.png`` below ``root``, and fill the blocks of its Markdown files.
+
+    Returns what was written. Raises RunError when a run of the face-off has not finished, since a published table is
+    whole; or as ``write_report`` does.
+    """
+    face = load_faceoff(directory)
+    missing = [f"{run.row} seed {run.seed}" for run in face.runs if run.status != "finished"]
+    if missing:
+        raise RunError(f"{directory} is not finished ({', '.join(missing)}); run its face-off again before publishing")
+    write_report(directory)
+    rows = result_rows(directory)
+    results, picture = root / "results" / f"{face.name}.json", root / "docs" / f"{face.name}.png"
+    write_atomically(results, (json.dumps(rows, indent=1) + "\n").encode())
+    write_atomically(picture, (directory / "summary.png").read_bytes())
+    written = [results, picture]
+    commits, devices = sorted({str(r["commit"])[:12] for r in rows}), sorted({str(r["device"]) for r in rows})
+    seeds = sorted({str(run.seed) for run in face.runs})
+    made = f"Recipe `{face.name}`, commit {', '.join(commits)}, {', '.join(devices)}, seeds {', '.join(seeds)}."
+    block = f"> {answer_of(directory)}\n\n{markdown_tables(directory).rstrip()}\n\n{made}\n"
+    pattern = re.compile(rf"(<!-- results {re.escape(face.name)} -->\n).*?(<!-- end results -->)", re.DOTALL)
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        if path.is_file() and pattern.search(text := path.read_text(encoding="utf-8")):
+            filled = pattern.sub(lambda m: f"{m[1]}{block}{m[2]}", text)
+            write_atomically(path, filled.encode())
+            written.append(path)
+    return written
