@@ -1,11 +1,11 @@
 """The demonstration: which backbone remembers? Minutes on two CPU cores, both halves of the question.
 
 *Recall*: joint recall of small tables with a small state. Equal width, depth and training for all rows but the one at
-twice the width; the hybrids differ from ``mamba2`` by an attention branch and nothing else. Rates, scales and sizes were
-chosen so that a plain state-space model is still learning when the hybrids have learned (``docs/log.md``).
+twice the width; the hybrids differ from ``mamba2`` by an attention branch and nothing else. Rates, scales and sizes are
+those at which the hybrids have learned while a plain state-space model is still learning (``docs/log.md``).
 
-*World*: Distracting Memory with a short hallway of two colours, seen as tile codes. Rows differ in the layers of the
-backbone only.
+*World*: Distracting Memory with a short hallway, two colours and few distractors, seen as tile codes. Rows differ in the
+layers of the backbone only.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def recall_rows() -> tuple[RunConfig, ...]:
 
 def world_rows() -> tuple[RunConfig, ...]:
     """A world model on each backbone, in a hallway 12 tiles wide: 23 frames seen, 7 imagined."""
-    env = DistractingMemory.Config(width=12, n_colours=2)
+    env = DistractingMemory.Config(width=12, p_distractor=0.2, n_colours=2)
     train = TrainConfig(steps=1200, lr=6e-3, warmup_steps=50, log_every=20, eval_every=200, checkpoint_every=300)
 
     def row(name: str, layer: LayerConfig) -> RunConfig:
