@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,8 +18,20 @@ from recollect.core.state import detach, index_batch, leaves, map_state, nbytes
 from recollect.layers import LAYERS
 from recollect.layers.gru import GRU
 from recollect.models.backbone import Backbone
+from recollect.ops import dispatch
 
-CASES: dict[str, LayerConfig] = {
+
+def documented_layer() -> LayerConfig:
+    """The example of docs/adding-things.md, read from the page: what the page calls complete must obey the laws."""
+    page = (Path(__file__).parents[1] / "docs" / "adding-things.md").read_text()
+    code = page[page.index("```python") + len("```python") : page.index("```\n", page.index("```python") + 1)]
+    module = ModuleType("layer_of_the_docs")
+    sys.modules[module.__name__] = module
+    exec(compile(code, "docs/adding-things.md", "exec"), module.__dict__)
+    return module.__dict__["Leaky"].Config.tiny()
+
+
+CASES: dict[str, LayerConfig] = {"documented": documented_layer()} | {
     f"{kind}-{name}": config
     for kind, cls in {**LAYERS, "backbone": Backbone}.items()
     for name, config in cls.Config.declared().items()
@@ -245,6 +260,17 @@ LAWS: dict[str, Callable[[Sample], None]] = {
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("case", CASES)
 def test_law(case: str, law: str) -> None:
+    LAWS[law](sample(CASES[case]))
+
+
+ATTENDING = [name for name in CASES if name.startswith(("attention-", "sparse-", "hax-"))]
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("case", ATTENDING)
+def test_law_on_tiles(case: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences this short run dense; here ``forward`` is made to run in tiles, while ``step`` stays dense."""
+    monkeypatch.setattr(dispatch, "DENSE_SOURCES", 0)
     LAWS[law](sample(CASES[case]))
 
 
