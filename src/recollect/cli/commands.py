@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from recollect.cli import arguments
 from recollect.core.errors import RecollectError
@@ -51,7 +52,7 @@ def _list(command: arguments.List) -> int:
         for column in rows[0] if rows else ["name"]:
             table.add_column(column.replace("_", " "), overflow="fold")
         for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
+            table.add_row(*(Text(_cell(value)) for value in row.values()))
         Console().print(table, "")
     return 0
 
@@ -179,8 +180,19 @@ def _print_metrics(metrics: dict[str, float | None]) -> None:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return " ".join(f"{key}={item}" for key, item in value.items())
-    return "-" if value is None else str(value)
+    """One value for a table; nested configs as ``lsh(n_keys=32 n_bits=8)``, several joined by ``+``."""
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.4g}"
+        case {"kind": kind, **rest}:
+            return f"{kind}({_cell(rest)})"
+        case dict():
+            return " ".join(f"{key}={_cell(item)}" for key, item in value.items())
+        case [dict(), *_]:
+            return "+".join(map(_cell, value))
+        case list():
+            return ",".join(map(_cell, value))
+        case _:
+            return str(value)

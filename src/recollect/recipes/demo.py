@@ -1,11 +1,11 @@
 """The demonstration: which backbone remembers? Minutes on two CPU cores, both halves of the question.
 
 *Recall*: joint recall of small tables with a small state. Equal width, depth and training for all rows but the one at
-twice the width; the hybrids differ from ``mamba2`` by an attention branch and nothing else. Rates, scales and sizes are
-those at which the hybrids have learned while a plain state-space model is still learning (``docs/log.md``).
+twice the width; the hybrids differ from ``mamba2`` by an attention branch and nothing else. Rates and sizes are those
+at which the hybrids have learned while a plain state-space model is still learning (``docs/log.md``).
 
-*World*: Distracting Memory with a short hallway, two colours and few distractors, seen as tile codes. Rows differ in the
-layers of the backbone only.
+*World*: Distracting Memory with a short hallway, two colours and few distractors, seen as tile codes. Rows differ in
+the layers of the backbone only.
 """
 
 from __future__ import annotations
