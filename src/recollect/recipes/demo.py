@@ -29,7 +29,7 @@ from recollect.train.world import WorldConfig
 
 
 def demo() -> FaceOff:
-    """Five recall rows and four world rows, three seeds each: about ten minutes on two cores."""
+    """Five recall rows and four world rows, three seeds each: about twelve minutes on two cores."""
     title = "Joint recall and a memory world, in minutes on a CPU"
     return FaceOff("demo", title, (*recall_rows(), *world_rows()), seeds=(0, 1, 2))
 
@@ -62,10 +62,10 @@ def recall_rows() -> tuple[RunConfig, ...]:
         return RunConfig("demo", "recall", name, 0, problem, train)
 
     def mamba2(d_model: int) -> Mamba2.Config:
-        return Mamba2.Config(d_model, d_state=8, d_head=16)
+        return Mamba2.Config(d_model, d_state=4, d_head=16)
 
     def joined(*patterns: Pattern) -> HAX.Config:
-        return HAX.Config(64, mixer=mamba2(64), patterns=patterns, d_key=16)
+        return HAX.Config(64, mixer=mamba2(64), patterns=patterns, d_key=8)
 
     return (
         row("mamba2", 64, mamba2(64)),
