@@ -240,7 +240,8 @@ def draw_curves(
     elif drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
         ax.set_yscale("log")
         ax.minorticks_off()
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default writes TeX, which SVG text shows as is
+        # The default writes TeX, which text in an SVG shows as it stands.
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlim(left=0)
     ax.set_xlabel("training steps" if axis == "step" else "seconds of training")
     ax.set_ylabel("accuracy, %" if evaluation else "loss")
