@@ -39,12 +39,14 @@ def main() -> None:
     cases += [("hax", "dense", n) for n in lengths if n <= 4096]
     cases += [("sdpa", "sdpa", n) for n in lengths if n <= SDPA_LONGEST]
     rows = []
+    print("| kind | path | tokens | forward + backward, ms | peak memory, MiB |")
+    print("| --- | --- | ---: | ---: | ---: |")
     for kind, path, length in cases:
         command = [sys.executable, __file__, "--case", kind, path, str(length)]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows.append(row)
-        print(f"{kind:8} {path:6} {length:7} tokens {row['forward_backward_ms']:10.1f} ms {row['memory_mib']:8.1f} MiB")
-    result = {"heads": HEADS, "d_key": D_KEY, "d_value": D_VALUE, "threads": 1, "torch": _torch_version(), "rows": rows}
+        print(f"| {kind} | {path} | {length:,} | {row['forward_backward_ms']:,.0f} | {row['memory_mib']:,.0f} |")
+    result = {"heads": HEADS, "d_key": D_KEY, "d_value": D_VALUE, "threads": 1, **_machine(), "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {arguments.out}")
@@ -97,10 +99,13 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _torch_version() -> str:
+def _machine() -> dict[str, str]:
     import torch
 
-    return torch.__version__
+    from recollect.train.runtime import environment
+
+    facts = environment(torch.device("cpu"))
+    return {"torch": torch.__version__, "device": facts["device"], "commit": facts["commit"]}
 
 
 if __name__ == "__main__":

@@ -203,6 +203,18 @@ def test_float32_stays_near_float64() -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("path", ["dense", "tiled"])
+def test_half_precision_keeps_its_type_and_sums_in_float32(path: str) -> None:
+    union, x = UNIONS["everything"], draw(UNIONS["everything"], 200)
+    part = x.part(0, 200)
+    rounded = [t.detach().bfloat16() for t in (x.q, x.k, x.v)]
+    wanted, _ = sparse_attention(*(t.double() for t in rounded), union, path=path, **part)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, memory = sparse_attention(*rounded, union, path=path, **part)
+    assert got.dtype == memory.k.dtype == memory.v.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-5)
+
+
 def test_merging_parts_equals_attending_to_their_union() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 10, 4, generator=g, dtype=torch.float64) for _ in range(3))

@@ -26,6 +26,7 @@ from recollect.ops import dispatch, tiled_attention
 from recollect.ops.attend import attend, merge
 from recollect.ops.lifetimes import Timeline, bucket_deaths, slot_deaths, timeline
 from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, find, memory_slots
+from recollect.ops.scan import accumulator_dtype
 
 
 class Memory(NamedTuple):
@@ -121,16 +122,22 @@ def sparse_attention(
 
     time = timeline(length, n_memory, start, reset)
     sets = _key_sets(patterns, time, memory_position, score, bucket, None if buckets is None else buckets.q)
-    rows = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     chosen = dispatch.sparse_attention_path(length, n_memory, patterns) if path == "auto" else path
-    if chosen == "dense":
-        partial = attend(*rows, sets.admits(), scale)
-    elif find(patterns, Full):
-        partial = tiled_attention.full(*rows, sets, scale)
-    else:
-        partial = merge(tiled_attention.passes(*rows, sets, patterns, scale))
-    y = partial.normalised().view(batch, heads, length, d_value).transpose(1, 2)
+    # Sums of exponentials need float32 even where autocast would take half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        rows = (_rows(q), _rows(k), _rows(v))
+        if chosen == "dense":
+            partial = attend(*rows, sets.admits(), scale)
+        elif find(patterns, Full):
+            partial = tiled_attention.full(*rows, sets, scale)
+        else:
+            partial = merge(tiled_attention.passes(*rows, sets, patterns, scale))
+        y = partial.normalised().to(v.dtype).view(batch, heads, length, d_value).transpose(1, 2)
     return y, _remember(patterns, time, k, v, memory_position, score, bucket, sets)
+
+
+def _rows(x_BHSN: Tensor) -> Tensor:
+    return x_BHSN.flatten(0, 1).to(accumulator_dtype(x_BHSN.dtype))
 
 
 class KeySets(NamedTuple):
