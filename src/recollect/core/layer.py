@@ -45,7 +45,7 @@ class LayerOut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerConfig(Config):
+class LayerConfig(Config, ABC):
     """Base of every layer's nested ``Config``; ``d_model`` is always the first field."""
 
     d_model: int
@@ -64,9 +64,9 @@ class LayerConfig(Config):
         """Named configurations under which the layer promises the laws; the tests run all of them."""
         return {"tiny": cls.tiny()}
 
+    @abstractmethod
     def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:
         """Bytes of the state for ``batch`` rows in compute dtype ``dtype`` after ``seen`` positions."""
-        raise NotImplementedError(f"{self.kind} must declare its state_bytes")
 
     def build(self) -> SequenceLayer:
         """The layer this config describes."""

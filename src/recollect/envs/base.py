@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from recollect.core.config import Config
 
 
 @dataclass(frozen=True)
-class EnvConfig(Config):
+class EnvConfig(Config, ABC):
     """Base of every environment's nested ``Config``: how long scripted episodes are, and where imagination starts."""
 
     @property
+    @abstractmethod
     def context_length(self) -> int:
         """Frames that a model observes before it imagines."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def query_length(self) -> int:
         """Frames that it imagines."""
-        raise NotImplementedError
 
     @property
     def episode_length(self) -> int:

@@ -7,6 +7,7 @@ Both come in pairs with one interface. An encoder maps observations (N, ...) to 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -18,28 +19,28 @@ from recollect.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class VisionConfig(Config):
+class VisionConfig(Config, ABC):
     """Base of what a world model looks at."""
 
+    @abstractmethod
     def encoder(self) -> tuple[nn.Module, int]:
         """The encoder and the width F of its features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decoder(self, features: int) -> Decoder:
         """The decoder from features of that width."""
-        raise NotImplementedError
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """From features to a predicted observation."""
 
+    @abstractmethod
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
         """Negative log-likelihood up to a constant, summed over the observation: (N,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observation(self, prediction: Tensor) -> Tensor:
         """The observation a prediction stands for, in the observation's own type."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ pattern          priority                                    group of keys      
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,13 +29,13 @@ from recollect.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Pattern(Config):
+class Pattern(Config, ABC):
     """Base of every sparse pattern."""
 
     @property
+    @abstractmethod
     def budget(self) -> int | None:
         """Most keys one query may get from this pattern; None when there is no bound."""
-        raise NotImplementedError
 
     @property
     def slots(self) -> int | None:
