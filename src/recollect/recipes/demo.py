@@ -29,7 +29,7 @@ from recollect.train.world import WorldConfig
 
 
 def demo() -> FaceOff:
-    """Five recall rows and four world rows, three seeds each: about twelve minutes on two cores."""
+    """Five recall rows and four world rows, three seeds each: about thirteen minutes on two cores."""
     title = "Joint recall and a memory world, in minutes on a CPU"
     return FaceOff("demo", title, (*recall_rows(), *world_rows()), seeds=(0, 1, 2))
 
@@ -53,8 +53,8 @@ def demo_smoke() -> FaceOff:
 
 
 def recall_rows() -> tuple[RunConfig, ...]:
-    """``mamba2`` alone, twice as wide, and joined by each kind of attention, on tables of 2..4 contexts x 2..4 keys."""
-    task = JointRecall.Config(n_contexts=(2, 4), n_keys=(2, 4))
+    """``mamba2`` alone, twice as wide, and joined by each kind of attention, on tables of 2..5 contexts x 2..5 keys."""
+    task = JointRecall.Config(n_contexts=(2, 5), n_keys=(2, 5))
     train = TrainConfig(steps=1000, lr=4e-3, warmup_steps=50, log_every=20, eval_every=200, checkpoint_every=250)
 
     def row(name: str, d_model: int, layer: LayerConfig) -> RunConfig:
@@ -70,8 +70,8 @@ def recall_rows() -> tuple[RunConfig, ...]:
     return (
         row("mamba2", 64, mamba2(64)),
         row("mamba2-2x", 128, mamba2(128)),
-        row("mamba2+window", 64, joined(Window(24))),
-        row("mamba2+hax", 64, joined(Lsh(12, n_bits=2), KeySelection(12))),
+        row("mamba2+window", 64, joined(Window(32))),
+        row("mamba2+hax", 64, joined(Lsh(16, n_bits=2), KeySelection(16))),
         row("mamba2+full", 64, joined(Full())),
     )
 
