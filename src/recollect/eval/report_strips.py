@@ -107,8 +107,9 @@ def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
     with matplotlib.rc_context(settings(PRINT, size=17.0)):
         figure = matplotlib.figure.Figure(figsize=(16, 9), dpi=100, facecolor=PRINT.paper)
         figure.text(0.025, 0.965, question, fontsize=19, va="center", color=PRINT.muted)
-        size = min(32.0, 32.0 * 74 / max(len(headline), 1))
-        figure.text(0.025, 0.908, headline, fontsize=size, va="center", color=PRINT.ink)
+        heading = figure.text(0.025, 0.908, headline, fontsize=32, va="center", color=PRINT.ink)
+        taken = heading.get_window_extent().width / (0.95 * figure.bbox.width)
+        heading.set_fontsize(32 / max(1.0, taken))
         bottom = 0.40 if strip else 0.10
         for i, group in enumerate(groups):
             left, width = 0.135 + 0.495 * i, 0.345 if len(groups) == 2 else 0.84

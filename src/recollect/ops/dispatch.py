@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from recollect.ops.patterns import Pattern, key_budget
 
-DENSE_SOURCES = 512
+DENSE_SOURCES = 256
 """Below this many sources one L x S product beats the bookkeeping of tiles on a CPU (``bench/bench_attention.py``)."""
 
 
