@@ -27,7 +27,7 @@ def test_a_face_off_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch
     run_faceoff(face, directory, workers=2)
 
     (project / "docs").mkdir(parents=True)
-    marked = "before\n<!-- results demo-smoke -->\nold\n<!-- end results -->\nafter\n"
+    marked = "before\n<!-- results demo-smoke -->\noutdated\n<!-- end results -->\nafter\n"
     (project / "README.md").write_text(marked)
     (project / "docs" / "other.md").write_text("<!-- results another -->\nkept\n<!-- end results -->\n")
     written = publish(directory, project)
@@ -36,7 +36,7 @@ def test_a_face_off_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch
     text = (project / "README.md").read_text()
     assert text.startswith("before\n<!-- results demo-smoke -->\n")
     assert text.endswith("<!-- end results -->\nafter\n")
-    assert "old" not in text
+    assert "outdated" not in text
     assert answer_of(directory) in text
     assert f"{100 * rows[0]['metrics']['accuracy']:.1f}" in text
     assert (project / "docs" / "demo-smoke.png").read_bytes().startswith(b"\x89PNG")
