@@ -241,6 +241,16 @@ def test_selection_loss_prefers_scores_that_rank_keys_by_their_use() -> None:
     torch.testing.assert_close(packed, (first + second) / 2)
 
 
+def test_selection_loss_looks_at_the_queries_that_come_after_a_key() -> None:
+    """Early queries ask for one key, late ones for the other; only the second is worth a slot from then on."""
+    q, k = torch.zeros(1, 40, 1, 2), torch.zeros(1, 40, 1, 2)
+    q[:, :20, :, 0], q[:, 20:, :, 1] = 1, 1
+    k[:, 18, :, 0], k[:, 19, :, 1] = 10, 10
+    asked_before, asked_after = torch.zeros(1, 40, 1), torch.zeros(1, 40, 1)
+    asked_before[:, 18], asked_after[:, 19] = 1, 1
+    assert selection_loss(q, k, asked_after, n=40) < selection_loss(q, k, asked_before, n=40)
+
+
 def test_ranked_positions_are_distinct_and_have_no_period() -> None:
     at = ranked_positions(1000, 64, torch.device("cpu"))
     assert len(set(at.tolist())) == 64
