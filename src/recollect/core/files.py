@@ -1,8 +1,10 @@
-"""Writing files so that a reader, or a process that is killed, never meets half of one."""
+"""Files that are never met half-written, and locks that end with their process."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from recollect.core.errors import RecollectError
@@ -24,3 +26,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise RecollectError(f"'{path}' cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Generator[None]:
+    """Hold the lock file ``path`` for this process; the system lets go of it however the process ends.
+
+    With ``wait`` until it is free; else BlockingIOError at once when another process holds it. Systems without POSIX
+    locks have none: there, the caller sees to it that two processes do not write the same place.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

@@ -24,7 +24,7 @@ Padding is the caller's business, through losses that know a ``mask``. Several s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -118,10 +118,8 @@ class SequenceLayer(nn.Module, ABC):
         return self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
 
 
-Branch = Any
-"""A function of a mixer's inner activations u, (B, L, E) -> (B, L, E) or (B, E) -> (B, E), added to the core's
-output.
-"""
+Branch = Callable[[Tensor], Tensor]
+"""From a mixer's inner activations u, (B, L, E) or (B, E), to what is added to its core's output, of the same shape."""
 
 
 class BranchedLayer(SequenceLayer):

@@ -55,12 +55,12 @@ class HAX(SequenceLayer):
                 raise ConfigError(
                     f"{self.kind}: {self.mixer.kind} has no inner activations to branch from; use arrangement=sequence"
                 )
-            self.attention  # noqa: B018 - raises the attention's own ConfigErrors now rather than at build
+            _ = self.attention  # raises the attention's own ConfigErrors now rather than at build
 
         @property
         def attention(self) -> SparseAttention.Config:
             """The sparse attention that joins the mixer."""
-            parallel = self.arrangement == "parallel" and isinstance(self.mixer, BranchedConfig)
+            parallel = self.arrangement == "parallel"
             return SparseAttention.Config(
                 d_model=self.mixer.inner if parallel and isinstance(self.mixer, BranchedConfig) else self.d_model,
                 d_key=self.d_key,

@@ -6,16 +6,16 @@ patterns is the union of their sets without duplicates, each spending its own bu
 Every pattern but ``Full`` keeps, for each group of keys, the top ``n_keys`` of the prefix by some priority, so a key
 lives from its arrival until enough better ones have come, and never returns:
 
-===============  ==========================================  =======================  =========================
-pattern          priority                                    group of keys            memory slots
-===============  ==========================================  =======================  =========================
-``Window``       most recent first                           all                      n_keys
-``Sink``         earliest first                              all                      n_keys
-``Dilated``      most recent first                           every ``stride``-th key  n_keys
-``KeySelection``  learned score (ties: most recent)          all                      n_keys
-``Lsh``          most recent first                           its hash bucket          2^n_bits * n_keys
-``Full``         every key is admitted                       all                      grows with the sequence
-===============  ==========================================  =======================  =========================
+================  ==========================================  =======================  =========================
+pattern           priority                                    group of keys            memory slots
+================  ==========================================  =======================  =========================
+``Window``        most recent first                           all                      n_keys
+``Sink``          earliest first                              all                      n_keys
+``Dilated``       most recent first                           every ``stride``-th key  n_keys
+``KeySelection``  learned score (ties: most recent)           all                      n_keys
+``Lsh``           most recent first                           its hash bucket          2^n_bits * n_keys
+``Full``          every key is admitted                       all                      grows with the sequence
+================  ==========================================  =======================  =========================
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recollect.core.config import differences, dumps, fingerprint, from_dict, to_dict
 from recollect.core.errors import RunError
-from recollect.core.files import write_atomically
+from recollect.core.files import locked, write_atomically
 from recollect.train.run import RunConfig
 
 
@@ -96,15 +96,10 @@ class RunDirectory:
 
         Raises RunError when another process holds it.
         """
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        with (self.path / ".lock").open("w") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                held.enter_context(locked(self.path / ".lock", wait=False))
+            except BlockingIOError:
                 raise RunError(f"another process is training in {self.path}; wait for it or stop it") from None
             yield
 

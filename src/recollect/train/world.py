@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from recollect.core.config import fingerprint, to_dict
 from recollect.core.errors import ConfigError
+from recollect.core.files import locked
 from recollect.core.seeding import Streams
 from recollect.data import EpisodeStore, Windows, collect, observations
 from recollect.envs import find
@@ -158,8 +158,7 @@ class World(Problem):
         root = Path(os.environ.get("RECOLLECT_DATA", "runs/data"))
         path = root / f"{c.env.kind}-{fingerprint(c.env)}-{split}-seed{c.data_seed}-{n}"
         root.mkdir(parents=True, exist_ok=True)
-        with (root / f"{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(root / f"{path.name}.lock", wait=True):
             return collect(c.env, n, c.data_seed, path, split)
 
 
