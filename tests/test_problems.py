@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from recollect.core.config import dumps, from_dict, to_dict
 from recollect.core.errors import ConfigError, RunError
+from recollect.core.files import locked
 from recollect.core.seeding import Streams
 from recollect.core.state import nbytes
 from recollect.core.types import Aux
@@ -145,6 +147,19 @@ class TestWorld:
         made = (path / "meta.json").stat().st_mtime_ns
         assert again._split("train").store.path == path
         assert (path / "meta.json").stat().st_mtime_ns == made
+
+    def test_a_store_that_another_run_is_making_is_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RECOLLECT_DATA", str(tmp_path))
+        World(world_config())._split("valid")
+        (lock,) = tmp_path.glob("*-valid-*.lock")
+        with ThreadPoolExecutor() as pool:
+            with locked(lock, wait=True):
+                waiting = pool.submit(World(world_config())._split, "valid")
+                with pytest.raises(TimeoutError):
+                    waiting.result(timeout=0.3)
+            assert len(waiting.result(timeout=30)) == 3
 
 
 class TestDream:
