@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from recollect.ops.patterns import Pattern, key_budget
 
@@ -15,6 +22,42 @@ class Choice(NamedTuple):
 
     path: str
     why: str
+
+
+KERNELS = os.environ.get("RECOLLECT_KERNELS", "auto")
+"""``auto`` uses compiled kernels where they can run; ``torch`` uses PyTorch's own operations everywhere."""
+
+
+def explain_kernels(*tensors: Tensor) -> Choice:
+    """Whether ops on these tensors run as numba kernels or as PyTorch's operations, and why."""
+    if KERNELS == "torch":
+        return Choice("torch", "RECOLLECT_KERNELS=torch")
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return Choice("torch", f"tensors on {tensor.device.type}: numba kernels run on a CPU")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            return Choice("torch", f"{tensor.dtype}: numba kernels take float32 and float64")
+    if missing := _numba_is_missing():
+        return Choice("torch", missing)
+    return Choice("numba", "a compiled sequential kernel moves the least memory on a CPU")
+
+
+def kernels(name: str, *tensors: Tensor) -> ModuleType | None:
+    """The numba kernels ``ops/kernels/<name>.py`` if ``explain_kernels`` picks them, else None. All ``tensors`` are
+    the floating-point tensors that a kernel would be given.
+    """
+    if explain_kernels(*tensors).path == "torch":
+        return None
+    return importlib.import_module(f"recollect.ops.kernels.{name}")
+
+
+@cache
+def _numba_is_missing() -> str:
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        return f"numba cannot be imported: {error}"
+    return ""
 
 
 def explain_sparse_attention(length: int, n_memory: int, patterns: tuple[Pattern, ...]) -> Choice:
