@@ -80,7 +80,7 @@ class Attention(SequenceLayer):
             }
 
         def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:
-            """Keys and values of what a next query can see: constant with a window, proportional to ``seen`` without."""
+            """Keys and values that a next query can see: constant with a window, proportional to ``seen`` without."""
             width = self.d_model // self.n_heads
             return memory_bytes(self.window, batch, self.kv_heads, width, width, dtype.itemsize, seen)
 
@@ -90,8 +90,8 @@ class Attention(SequenceLayer):
         super().__init__()
         self.config = config
         self.d_head = config.d_model // config.n_heads
-        self.heads = [config.n_heads, config.kv_heads, config.kv_heads]
-        self.to_qkv = nn.Linear(config.d_model, sum(self.heads) * self.d_head, bias=False)
+        width = (config.n_heads + 2 * config.kv_heads) * self.d_head
+        self.to_qkv = nn.Linear(config.d_model, width, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def init_state(
@@ -102,12 +102,13 @@ class Attention(SequenceLayer):
         return init_memory(c.window, batch, c.kv_heads, self.d_head, self.d_head, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, state: KeyMemory | None = None, *, reset: Tensor | None = None) -> LayerOut:
-        q, k, v = self.to_qkv(x).unflatten(-1, (-1, self.d_head)).split(self.heads, 2)
-        if self.config.rotary:
+        c = self.config
+        qk, v = self.to_qkv(x).unflatten(-1, (-1, self.d_head)).split([c.n_heads + c.kv_heads, c.kv_heads], 2)
+        if c.rotary:
             start = state.next_position if state else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-            position = positions(x.shape[1], start, reset)
-            q, k = rotate(q, position), rotate(k, position)
-        y, memory = causal_attention(q, k, v, window=self.config.window, memory=state, reset=reset)
+            qk = rotate(qk, positions(x.shape[1], start, reset))
+        q, k = qk.split([c.n_heads, c.kv_heads], 2)
+        y, memory = causal_attention(q, k, v, window=c.window, memory=state, reset=reset)
         return LayerOut(self.out(y.flatten(-2)), memory, {})
 
     def step(self, x: Tensor, state: KeyMemory, *, reset: Tensor | None = None) -> tuple[Tensor, KeyMemory]:

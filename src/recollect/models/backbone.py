@@ -75,7 +75,7 @@ class Backbone(SequenceLayer):
             activation: Activation = "gelu",
             norm: Norm = "layer",
         ) -> Self:
-            """The blocks of S4WM (arXiv 2307.02064, the figure of the S4 block): twice u + Linear(S4(LayerNorm u)), then
+            """The blocks of S4WM (arXiv 2307.02064, its figure): twice u + Linear(S4(LayerNorm u)), then
             u + MLP(LayerNorm u). The linear map is the mixer's own output projection, which every mixer here has.
             """
             block = (mixer, mixer, *_mlps(mixer.d_model, mlp_expand, activation))

@@ -5,8 +5,8 @@
 The term in p and r is left out, or is the position term of Transformer-XL (``ops.relative_attention``). A reset starts
 a segment, so which keys a query sees is one number: how many positions back its segment reaches, at most W - 1.
 
-Two executions (``dispatch.explain_causal_attention`` picks one): PyTorch's own causal attention where every query sees
-everything before it; else *blocks* of C queries against the at most W - 1 + C keys they can see, recomputed in
+``dispatch.explain_causal_attention`` picks PyTorch's own attention where every query sees everything before it, or where
+there is only one query; else *blocks* of C queries against the at most W - 1 + C keys they can see, recomputed in
 backward. Time O(L (W + C)) with a window and O(L^2) without, memory O(L + C (W + C)): never an L x L array.
 """
 
@@ -97,7 +97,7 @@ def causal_attention(
     window and G = H. ``path`` is "auto" or "blocks". First derivatives only.
     """
     batch, length, heads, d_key = q_BLHN.shape
-    groups, d_value = v_BLGP.shape[2:]
+    groups = k_BLGN.shape[2]
     scale = 1 / math.sqrt(d_key) if scale is None else scale
     start = torch.zeros(batch, dtype=torch.int64, device=q_BLHN.device) if memory is None else memory.next_position
     k_BGSN, v_BGSP = k_BLGN.transpose(1, 2), v_BLGP.transpose(1, 2)
@@ -115,9 +115,14 @@ def causal_attention(
     dtype = accumulator_dtype(q_BLHN.dtype)
     with torch.autocast(q_BLHN.device.type, enabled=False):
         q_BHLN, k, v = (t.to(dtype) for t in (q_BLHN.transpose(1, 2), k_BGSN, v_BGSP))
-        if chosen == "sdpa" and path == "auto":
+        if chosen in ("sdpa", "query") and path == "auto":
+            seen = None
+            if chosen == "query":
+                ages = torch.arange(n_memory, -1, -1, device=k.device)
+                back_B1 = position_BL if window is None else position_BL.clamp(max=window - 1)
+                seen = (ages <= back_B1)[:, None, None]
             k, v = (t if groups == heads else t.repeat_interleave(heads // groups, 1) for t in (k, v))
-            y_BHLP = F.scaled_dot_product_attention(q_BHLN, k, v, is_causal=True, scale=scale)
+            y_BHLP = F.scaled_dot_product_attention(q_BHLN, k, v, attn_mask=seen, is_causal=seen is None, scale=scale)
         else:
             y_BHLP = _in_blocks(q_BHLN * scale, k, v, position_BL, n_memory, window, offsets)
     y = y_BHLP.transpose(1, 2).to(v_BLGP.dtype)
@@ -154,10 +159,8 @@ def _in_blocks(
 
 def _remember(k: Tensor, v: Tensor, position_BL: Tensor, window: int | None, resets: bool) -> KeyMemory:
     sources, seen_B = k.shape[2], position_BL[:, -1] + 1
-    if window is not None:
-        slots = window - 1
-    else:
-        slots = int(seen_B.max()) if resets else sources
+    longest = int(seen_B.max()) if resets else sources
+    slots = longest if window is None else window - 1
     if slots > sources:
         k, v = F.pad(k, (0, 0, slots - sources, 0)), F.pad(v, (0, 0, slots - sources, 0))
     elif slots < sources:

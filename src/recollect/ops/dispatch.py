@@ -84,6 +84,8 @@ def explain_causal_attention(
     """Which execution ``ops.causal_attention`` takes for ``length`` queries after ``n_memory`` remembered keys."""
     if position_term:
         return Choice("blocks", "PyTorch's attention has no position term")
+    if length == 1 and n_memory:
+        return Choice("query", "one query: PyTorch's attention with its row of a mask")
     if resets or n_memory:
         return Choice("blocks", "resets or remembered keys: each query has its own first key")
     if window is not None and window < length:
