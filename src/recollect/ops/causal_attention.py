@@ -5,8 +5,8 @@
 The term in p and r is left out, or is the position term of Transformer-XL (``ops.relative_attention``). A reset starts
 a segment, so which keys a query sees is one number: how many positions back its segment reaches, at most W - 1.
 
-``dispatch.explain_causal_attention`` picks PyTorch's own attention where every query sees everything before it, or where
-there is only one query; else *blocks* of C queries against the at most W - 1 + C keys they can see, recomputed in
+``dispatch.explain_causal_attention`` picks PyTorch's own attention where every query sees everything before it, or
+where there is only one query; else *blocks* of C queries against the at most W - 1 + C keys they can see, recomputed in
 backward. Time O(L (W + C)) with a window and O(L^2) without, memory O(L + C (W + C)): never an L x L array.
 """
 
