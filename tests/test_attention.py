@@ -98,7 +98,10 @@ def test_blocks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("window", [None, 1, 20])
 def test_memory_carries_over_cuts_and_resets(window: int | None) -> None:
     c = case(150)
+    c.reset[0, 145] = True
     whole, after = causal_attention(c.q, c.k, c.v, window=window, reset=c.reset)
+    assert not after.k[0, :, :-5].any()
+    assert not after.v[0, :, :-5].any()
     memory: KeyMemory | None = init_memory(window, 2, 2, 4, 3, dtype=torch.float64)
     parts = []
     for begin, end in pairwise((0, 1, 2, 60, 75, 76, 149, 150)):
