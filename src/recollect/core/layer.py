@@ -88,11 +88,16 @@ LAYER_CLASSES: dict[type[LayerConfig], type[SequenceLayer]] = {}
 
 class SequenceLayer(nn.Module, ABC):
     """Base of every layer. Subclasses nest a frozen dataclass ``Config(LayerConfig, kind=...)`` and are built
-    as ``cls(config)``.
+    as ``cls(config)``. To build or call one in float16 on a CPU is a ConfigError.
     """
 
     Config: ClassVar[Any]
     causality: ClassVar[Literal["exact", "rounding"]] = "exact"
+
+    def __init__(self, *_config: Any) -> None:
+        super().__init__()
+        refuse_float16(torch.get_default_dtype(), torch.get_default_device(), type(self).__name__)
+        self.register_forward_pre_hook(_refuse_float16_input)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,6 +121,21 @@ class SequenceLayer(nn.Module, ABC):
     def state_like(self, x: Tensor) -> State:
         """The initial state for the rows, device and dtype of ``x`` (B, ...)."""
         return self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+
+
+def refuse_float16(dtype: torch.dtype, device: torch.device, what: str) -> None:
+    """Raise ConfigError for float16 on a CPU, which has no arithmetic for it: hundreds of times slower than float32,
+    and sums overflow at 65,504.
+    """
+    if dtype is torch.float16 and device.type == "cpu":
+        raise ConfigError(f"{what}: float16 does not work on a CPU; use float32, or autocast to bfloat16")
+
+
+def _refuse_float16_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    for x in inputs[:1]:
+        refuse_float16(x.dtype, x.device, type(layer).__name__)
+        if torch.is_autocast_enabled(x.device.type):
+            refuse_float16(torch.get_autocast_dtype(x.device.type), x.device, f"{type(layer).__name__} under autocast")
 
 
 Branch = Callable[[Tensor], Tensor]

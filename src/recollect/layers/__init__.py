@@ -7,15 +7,19 @@ from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.mamba2 import Mamba2
+from recollect.layers.mlp import Mlp
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
+from recollect.layers.transformer_xl import TransformerXL
 
 LAYERS: dict[str, type[SequenceLayer]] = {
     "gru": GRU,
     "attention": Attention,
+    "transformer_xl": TransformerXL,
     "s5": S5,
     "mamba2": Mamba2,
     "sparse": SparseAttention,
     "hax": HAX,
+    "mlp": Mlp,
 }
 """Every layer by the ``kind`` of its config. A line here gives a layer the laws, the bench row and the command line."""

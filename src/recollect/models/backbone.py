@@ -1,8 +1,8 @@
-"""A residual stack of sequence layers that is itself a sequence layer."""
+"""A residual stack of sequence layers that is itself a sequence layer, and the orders of layers that papers use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
@@ -16,11 +16,16 @@ from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.mamba2 import Mamba2
+from recollect.layers.mlp import Mlp
+from recollect.layers.s5 import S5
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["gelu", "swiglu", "relu"]
 
 
 class Backbone(SequenceLayer):
-    """Pre-norm residual blocks: x <- x + mixer(norm(x)), then x <- x + mlp(norm(x)) if ``mlp_expand`` is above 0;
-    last a norm.
+    """Pre-norm residual sub-layers, x <- x + layer(norm(x)) for every layer in order, mixers and MLPs alike; last a
+    norm.
 
     Its state is the tuple of its layers' states, and it obeys every law they obey. Losses that layers add under one
     name are summed over layers.
@@ -28,11 +33,13 @@ class Backbone(SequenceLayer):
 
     @dataclass(frozen=True)
     class Config(LayerConfig, kind="backbone"):
-        """``layers`` in order from the input; each has the backbone's ``d_model``."""
+        """``layers`` in order from the input; each has the backbone's ``d_model``.
+
+        A block order is nothing but this tuple; ``alternating``, ``s4_blocks`` and ``samba`` write the usual ones.
+        """
 
         layers: tuple[LayerConfig, ...] = ()
-        mlp_expand: float = 0.0
-        norm: Literal["rms", "layer"] = "rms"
+        norm: Norm = "rms"
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -43,8 +50,53 @@ class Backbone(SequenceLayer):
                     raise ConfigError(
                         f"backbone: layers.{i}.d_model {layer.d_model} must equal d_model {self.d_model}; set both"
                     )
-            if self.mlp_expand < 0:
-                raise ConfigError(f"backbone: mlp_expand must be 0 (no MLP) or more, got {self.mlp_expand}")
+
+        @classmethod
+        def alternating(
+            cls,
+            d_model: int,
+            mixers: Iterable[LayerConfig],
+            mlp_expand: float = 2.0,
+            *,
+            activation: Activation = "gelu",
+            norm: Norm = "rms",
+        ) -> Self:
+            """Every mixer followed by an MLP, as in Transformers; 0 for ``mlp_expand`` leaves the MLPs out."""
+            mlp = _mlps(d_model, mlp_expand, activation)
+            return cls(d_model, tuple(layer for mixer in mixers for layer in (mixer, *mlp)), norm)
+
+        @classmethod
+        def s4_blocks(
+            cls,
+            mixer: LayerConfig,
+            n_blocks: int,
+            mlp_expand: float = 2.0,
+            *,
+            activation: Activation = "gelu",
+            norm: Norm = "layer",
+        ) -> Self:
+            """The blocks of S4WM (arXiv 2307.02064, its figure): twice u + Linear(S4(LayerNorm u)), then
+            u + MLP(LayerNorm u). The linear map is the mixer's own output projection, which every mixer here has.
+            """
+            block = (mixer, mixer, *_mlps(mixer.d_model, mlp_expand, activation))
+            return cls(mixer.d_model, block * _blocks(n_blocks), norm)
+
+        @classmethod
+        def samba(
+            cls,
+            mamba: LayerConfig,
+            attention: LayerConfig,
+            n_blocks: int,
+            mlp_expand: float = 4.0,
+            *,
+            activation: Activation = "swiglu",
+            norm: Norm = "rms",
+        ) -> Self:
+            """The blocks of Samba (arXiv 2406.07522): Mamba, MLP, sliding-window attention, MLP. 0 for ``mlp_expand``
+            leaves the MLPs out: two such blocks are the four layers of HAX's baseline (arXiv 2507.00449).
+            """
+            mlp = _mlps(mamba.d_model, mlp_expand, activation)
+            return cls(mamba.d_model, (mamba, *mlp, attention, *mlp) * _blocks(n_blocks), norm)
 
         @classmethod
         def tiny(cls) -> Self:
@@ -53,7 +105,12 @@ class Backbone(SequenceLayer):
         @classmethod
         def declared(cls) -> Mapping[str, Self]:
             mixed = (GRU.Config.tiny(), HAX.Config.tiny(), Attention.Config.tiny())
-            return {"tiny": cls.tiny(), "mixed": cls(8, layers=mixed, mlp_expand=2.0, norm="layer")}
+            return {
+                "tiny": cls.tiny(),
+                "mixed": cls.alternating(8, mixed, norm="layer"),
+                "s4-blocks": cls.s4_blocks(S5.Config.tiny(), 1),
+                "samba": cls.samba(Mamba2.Config.tiny(), Attention.Config.tiny(), 1),
+            }
 
         def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:
             """The sum over layers."""
@@ -67,22 +124,21 @@ class Backbone(SequenceLayer):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.mixers = nn.ModuleList(layer.build() for layer in config.layers)
+        self.layers = nn.ModuleList(layer.build() for layer in config.layers)
         self.norms = nn.ModuleList(_norm(config) for _ in config.layers)
-        self.mlps = nn.ModuleList(_Mlp(config) for _ in config.layers) if config.mlp_expand else None
         self.last_norm = _norm(config)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        return self.State(tuple(m.init_state(batch, device=device, dtype=dtype) for m in self._mixers()))
+        return self.State(tuple(m.init_state(batch, device=device, dtype=dtype) for m in self._sublayers()))
 
     def forward(self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None) -> LayerOut:
         states: list[State] = []
         aux: Aux = {}
-        for i, mixer in enumerate(self._mixers()):
-            out = mixer(self.norms[i](x), None if state is None else state.layers[i], reset=reset)
-            x = self._add_mlp(i, x + out.y)
+        for i, layer in enumerate(self._sublayers()):
+            out = layer(self.norms[i](x), None if state is None else state.layers[i], reset=reset)
+            x = x + out.y
             states.append(out.state)
             for name, value in out.aux.items():
                 aux[name] = aux[name] + value if name in aux else value
@@ -90,26 +146,26 @@ class Backbone(SequenceLayer):
 
     def step(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
         states: list[State] = []
-        for i, mixer in enumerate(self._mixers()):
-            y, after = mixer.step(self.norms[i](x), state.layers[i], reset=reset)
-            x = self._add_mlp(i, x + y)
+        for i, layer in enumerate(self._sublayers()):
+            y, after = layer.step(self.norms[i](x), state.layers[i], reset=reset)
+            x = x + y
             states.append(after)
         return self.last_norm(x), self.State(tuple(states))
 
-    def _add_mlp(self, i: int, x: Tensor) -> Tensor:
-        return x if self.mlps is None else x + self.mlps[i](x)
-
-    def _mixers(self) -> list[SequenceLayer]:
-        return [m for m in self.mixers if isinstance(m, SequenceLayer)]
+    def _sublayers(self) -> list[SequenceLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SequenceLayer)]
 
 
 def _norm(config: Backbone.Config) -> nn.Module:
     return nn.RMSNorm(config.d_model, eps=1e-5) if config.norm == "rms" else nn.LayerNorm(config.d_model)
 
 
-class _Mlp(nn.Sequential):
-    """norm -> linear -> GELU -> linear."""
+def _mlps(d_model: int, expand: float, activation: Activation) -> tuple[LayerConfig, ...]:
+    """One MLP, or none if ``expand`` is 0."""
+    return (Mlp.Config(d_model, expand=expand, activation=activation),) if expand else ()
 
-    def __init__(self, config: Backbone.Config) -> None:
-        hidden = max(1, round(config.d_model * config.mlp_expand))
-        super().__init__(_norm(config), nn.Linear(config.d_model, hidden), nn.GELU(), nn.Linear(hidden, config.d_model))
+
+def _blocks(n_blocks: int) -> int:
+    if n_blocks < 1:
+        raise ConfigError(f"backbone: n_blocks must be at least 1, got {n_blocks}")
+    return n_blocks

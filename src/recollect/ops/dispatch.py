@@ -76,3 +76,27 @@ def explain_sparse_attention(length: int, n_memory: int, patterns: tuple[Pattern
 def sparse_attention_path(length: int, n_memory: int, patterns: tuple[Pattern, ...]) -> str:
     """The path of ``explain_sparse_attention``."""
     return explain_sparse_attention(length, n_memory, patterns).path
+
+
+def explain_causal_attention(
+    length: int, n_memory: int, window: int | None, resets: bool, position_term: bool
+) -> Choice:
+    """Which execution ``ops.causal_attention`` takes for ``length`` queries after ``n_memory`` remembered keys."""
+    if position_term:
+        return Choice("blocks", "PyTorch's attention has no position term")
+    if length == 1 and n_memory:
+        return Choice("query", "one query: PyTorch's attention with its row of a mask")
+    if resets or n_memory:
+        return Choice("blocks", "resets or remembered keys: each query has its own first key")
+    if window is not None and window < length:
+        return Choice("blocks", f"a window of {window} over {length} positions: blocks of queries, linear in length")
+    return Choice("sdpa", "every query sees all before it: PyTorch's causal attention")
+
+
+def causal_attention_block(device: torch.device, reach: int) -> int:
+    """Queries in a block where each sees ``reach`` keys: few waste little and stay in a CPU's cache; elsewhere the
+    number of kernels counts.
+    """
+    if device.type != "cpu":
+        return 512
+    return 64 if reach > 32 else 32

@@ -82,7 +82,7 @@ def world_rows() -> tuple[RunConfig, ...]:
     train = TrainConfig(steps=1200, lr=6e-3, warmup_steps=50, log_every=20, eval_every=200, checkpoint_every=300)
 
     def row(name: str, layer: LayerConfig) -> RunConfig:
-        backbone = Backbone.Config(64, layers=(layer, layer), mlp_expand=2.0)
+        backbone = Backbone.Config.alternating(64, (layer, layer), mlp_expand=2.0)
         latent = LatentConfig(groups=16, classes=16)
         problem = WorldConfig(env, backbone, latent=latent, reward_weight=30.0)
         return RunConfig("demo", "world", name, 0, problem, train)

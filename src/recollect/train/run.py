@@ -62,6 +62,10 @@ class TrainConfig(Config, kind="train"):
             raise ConfigError(f"train.lr and train.eps must be positive, got {self.lr} and {self.eps}")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"train.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        if self.autocast not in ("off", "bf16"):
+            raise ConfigError(
+                f"train.autocast must be 'off' (float32) or 'bf16', got {self.autocast!r}; float16 is not supported"
+            )
         if self.time_limit_s is not None and not self.time_limit_s > 0:
             raise ConfigError(f"train.time_limit_s must be positive or null, got {self.time_limit_s}")
 
