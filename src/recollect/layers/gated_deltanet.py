@@ -41,9 +41,9 @@ class GatedDeltaNet(BranchedLayer):
     class Config(BranchedConfig, kind="gated_deltanet"):
         """``n_heads`` memories of ``d_value`` x ``d_head`` (keys); the inner width is ``n_heads * d_value``.
 
-        ``d_conv = 0`` leaves the convolution out. ``allow_negative_eigenvalues`` doubles beta, to (0, 2): a key may then
-        flip what it held, which tracking a state needs (arXiv 2411.12537). Step sizes softplus(dt_bias) start
-        log-uniform in [dt_min, dt_max]. ``chunk_size`` counts where chunks are used, on a GPU.
+        ``d_conv = 0`` leaves the convolution out. ``allow_negative_eigenvalues`` doubles beta, to (0, 2): a key may
+        then flip what it held, which tracking a state needs (arXiv 2411.12537). Step sizes softplus(dt_bias) start
+        log-uniform in [dt_min, dt_max]. ``chunk_size`` matters where chunks are used, as on a GPU.
         """
 
         n_heads: int = 4
@@ -126,12 +126,12 @@ class GatedDeltaNet(BranchedLayer):
         reset: Tensor | None = None,
         branch: Branch | None = None,
     ) -> LayerOut:
-        state = self.state_like(x) if state is None else state
+        before: GatedDeltaNetState = self.state_like(x) if state is None else state
         qkv, gate, log_alpha, beta = self._project(x)
-        qkv, window = self._convolve(qkv, state.conv, reset)
+        qkv, window = self._convolve(qkv, before.conv, reset)
         q, k, v, u = self._split(qkv)
         y, memory = delta_rule(
-            q, k, v, log_alpha, beta, S_init=state.memory, reset=reset, chunk_size=self.config.chunk_size
+            q, k, v, log_alpha, beta, h_init=before.memory, reset=reset, chunk_size=self.config.chunk_size
         )
         return LayerOut(self._emit(y, u, gate, branch), GatedDeltaNetState(window, memory), {})
 
@@ -174,5 +174,5 @@ class GatedDeltaNet(BranchedLayer):
     def _emit(self, y_heads: Tensor, u: Tensor, gate: Tensor, branch: Branch | None) -> Tensor:
         if branch is not None:
             y_heads = y_heads + branch(u).unflatten(-1, y_heads.shape[-2:])
-        y = self.norm(y_heads.to(u.dtype)).flatten(-2)
+        y = self.norm(y_heads.to(self.norm.weight.dtype)).flatten(-2).to(u.dtype)
         return self.out_proj(y * F.silu(gate))

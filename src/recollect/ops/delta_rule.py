@@ -1,6 +1,6 @@
 """Matrix memories with a decay: the gated delta rule (arXiv 2412.06464), and plain writes for ``ops.mlstm``.
 
-S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,  y_t = S_t q_t  (per head, S of size P x N)
+S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,  y_t = S_t q_t  (per head; S, in code h, is P x N)
 
 What is written is what the memory does not know yet: S_t = alpha_t S_{t-1} + beta_t e_t k_t^T with the error
 e_t = v_t - alpha_t S_{t-1} k_t. Plain writes leave the second term of the error out. A reset at t empties the memory
@@ -28,17 +28,17 @@ def delta_rule_step(
     v_BHP: Tensor,
     log_alpha_BH: Tensor,
     beta_BH: Tensor,
-    S_BHPN: Tensor,
+    h_BHPN: Tensor,
     *,
     delta: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One position of ``delta_rule``: y (B, H, P) and the next memory (B, H, P, N). O(B H P N)."""
-    dtype = S_BHPN.dtype
+    dtype = h_BHPN.dtype
     q, k, v, log_alpha, beta = (t.to(dtype) for t in (q_BHN, k_BHN, v_BHP, log_alpha_BH, beta_BH))
-    S_BHPN = torch.exp(log_alpha)[:, :, None, None] * S_BHPN
-    error_BHP = v - (S_BHPN @ k.unsqueeze(-1)).squeeze(-1) if delta else v
-    S_BHPN = S_BHPN + (beta.unsqueeze(-1) * error_BHP).unsqueeze(-1) * k.unsqueeze(-2)
-    return (S_BHPN @ q.unsqueeze(-1)).squeeze(-1), S_BHPN
+    h_BHPN = torch.exp(log_alpha)[:, :, None, None] * h_BHPN
+    error_BHP = v - (h_BHPN @ k.unsqueeze(-1)).squeeze(-1) if delta else v
+    h_BHPN = h_BHPN + (beta.unsqueeze(-1) * error_BHP).unsqueeze(-1) * k.unsqueeze(-2)
+    return (h_BHPN @ q.unsqueeze(-1)).squeeze(-1), h_BHPN
 
 
 def delta_rule_reference(
@@ -48,21 +48,21 @@ def delta_rule_reference(
     log_alpha_BLH: Tensor,
     beta_BLH: Tensor,
     *,
-    S_init: Tensor | None = None,
+    h_init: Tensor | None = None,
     reset: Tensor | None = None,
     delta: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``delta_rule`` one position after the other."""
-    S_BHPN = _initial(k_BLHN, v_BLHP, S_init)
+    h_BHPN = _initial(k_BLHN, v_BLHP, h_init)
     reset_steps = (None,) * k_BLHN.shape[1] if reset is None else reset.unbind(1)
-    steps = (t.unbind(1) for t in (q_BLHN, k_BLHN, v_BLHP, log_alpha_BLH, beta_BLH))
+    given = (q_BLHN, k_BLHN, v_BLHP, log_alpha_BLH, beta_BLH)
     outputs = []
-    for *given, reset_B in zip(*steps, reset_steps, strict=True):
+    for q, k, v, log_alpha, beta, reset_B in zip(*(t.unbind(1) for t in given), reset_steps, strict=True):
         if reset_B is not None:
-            S_BHPN = S_BHPN.masked_fill(reset_B[:, None, None, None], 0)
-        y_BHP, S_BHPN = delta_rule_step(*given, S_BHPN, delta=delta)
+            h_BHPN = h_BHPN.masked_fill(reset_B[:, None, None, None], 0)
+        y_BHP, h_BHPN = delta_rule_step(q, k, v, log_alpha, beta, h_BHPN, delta=delta)
         outputs.append(y_BHP)
-    return torch.stack(outputs, 1), S_BHPN
+    return torch.stack(outputs, 1), h_BHPN
 
 
 def delta_rule(
@@ -72,7 +72,7 @@ def delta_rule(
     log_alpha_BLH: Tensor,
     beta_BLH: Tensor,
     *,
-    S_init: Tensor | None = None,
+    h_init: Tensor | None = None,
     reset: Tensor | None = None,
     chunk_size: int = 64,
     delta: bool = True,
@@ -80,22 +80,22 @@ def delta_rule(
     """Outputs y (B, L, H, P) and the last memory (B, H, P, N).
 
     q, k (B, L, H, N), k of unit length if beta is to mean how much of an old value is replaced; v (B, L, H, P);
-    log_alpha (B, L, H) at most 0; beta (B, L, H) in [0, 2]; S_init (B, H, P, N), None for zero; reset (B, L) bool. Any
-    L >= 1. ``delta=False`` writes v as it is: decayed linear attention. First derivatives only.
+    log_alpha (B, L, H) finite, at most 0; beta (B, L, H) in [0, 2]; h_init (B, H, P, N), None for zero; reset (B, L)
+    bool. Any L >= 1. ``delta=False`` writes v as it is: decayed linear attention. First derivatives only.
 
     On a CPU a compiled loop over positions: time O(B L H P N), and only the errors (B, L, H, P) are kept for backward.
-    Elsewhere chunks of at most ``chunk_size`` positions Q with matrix products: the errors of a chunk solve a unit lower
-    triangular system. Time O(B L H (Q (Q + P + N) + P N)), memory O(B L H (Q + P + N + P N / Q)).
+    Elsewhere chunks of at most ``chunk_size`` positions Q with matrix products: the errors of a chunk solve a unit
+    lower triangular system. Time O(B L H (Q (Q + P + N) + P N)), memory O(B L H (Q + P + N + P N / Q)).
     """
     dtype = accumulator_dtype(v_BLHP.dtype)
     q, k, v, log_alpha, beta = (t.to(dtype) for t in (q_BLHN, k_BLHN, v_BLHP, log_alpha_BLH, beta_BLH))
-    S_BHPN = _initial(k, v, S_init)
-    module = dispatch.kernels("delta_rule", q, k, v, log_alpha, beta, S_BHPN)
+    h_BHPN = _initial(k, v, h_init)
+    module = dispatch.kernels("delta_rule", q, k, v, log_alpha, beta, h_BHPN)
     if module is not None:
-        return _Sequential.apply(q, k, v, log_alpha, beta, S_BHPN, reset, delta, module)  # pyright: ignore[reportReturnType]
+        return _Sequential.apply(q, k, v, log_alpha, beta, h_BHPN, reset, delta, module)  # pyright: ignore[reportReturnType]
     # Mixed-precision autocast would take the products in half precision.
     with torch.autocast(v.device.type, enabled=False):
-        return _chunked(q, k, v, log_alpha, beta, S_BHPN, reset, chunk_size, delta)
+        return _chunked(q, k, v, log_alpha, beta, h_BHPN, reset, chunk_size, delta)
 
 
 class _Sequential(torch.autograd.Function):
@@ -137,7 +137,7 @@ def _chunked(
     v: Tensor,
     log_alpha: Tensor,
     beta: Tensor,
-    S_BHPN: Tensor,
+    h_BHPN: Tensor,
     reset: Tensor | None,
     chunk_size: int,
     delta: bool,
@@ -177,20 +177,20 @@ def _chunked(
         solved: Tensor = _Solve.apply(system_BCHQS, torch.cat([u_BCHQP, rest_BCHQN], -1))  # pyright: ignore[reportAssignmentType]
         u_BCHQP, w_BCHQN = solved.split([v.shape[3], k.shape[3]], -1)
     write_BCHNQ = (tail_BCHQ.unsqueeze(-1) * k_BCHQN).mT
-    S_BHNP, before, errors = S_BHPN.mT, [], []
+    h_BHNP, before, errors = h_BHPN.mT, [], []
     reads = (None,) * n_chunks if w_BCHQN is None else w_BCHQN.unbind(1)
     for u_BHQP, w_BHQN, write_BHNQ, total_BH in zip(
         u_BCHQP.unbind(1), reads, write_BCHNQ.unbind(1), total_BCH.unbind(1), strict=True
     ):
-        before.append(S_BHNP)
+        before.append(h_BHNP)
         if w_BHQN is not None:
-            u_BHQP = u_BHQP - w_BHQN @ S_BHNP
+            u_BHQP = u_BHQP - w_BHQN @ h_BHNP
         errors.append(u_BHQP)
-        S_BHNP = total_BH[:, :, None, None] * S_BHNP + write_BHNQ @ u_BHQP
+        h_BHNP = total_BH[:, :, None, None] * h_BHNP + write_BHNQ @ u_BHQP
     scores_BCHQS = q_BCHQN @ k_BCHQN.mT
     y_BCHQP: Tensor = _Within.apply(scores_BCHQS, g_BCHQ, torch.stack(errors, 1), same)  # pyright: ignore[reportAssignmentType]
     y_BCHQP = torch.addcmul(y_BCHQP, head_BCHQ.unsqueeze(-1), q_BCHQN @ torch.stack(before, 1))
-    return y_BCHQP.transpose(2, 3).flatten(1, 2)[:, :length], S_BHNP.mT
+    return y_BCHQP.transpose(2, 3).flatten(1, 2)[:, :length], h_BHNP.mT
 
 
 def _decays(g_BCHQ: Tensor, same_BCQS: Tensor | None) -> Tensor:
@@ -223,9 +223,9 @@ class _Solve(torch.autograd.Function):
         return (dR @ X.mT).tril_(-1).neg_(), dR
 
 
-def _initial(k: Tensor, v: Tensor, S_init: Tensor | None) -> Tensor:
+def _initial(k: Tensor, v: Tensor, h_init: Tensor | None) -> Tensor:
     dtype = accumulator_dtype(v.dtype)
-    if S_init is None:
+    if h_init is None:
         batch, _, n_heads, width = v.shape
         return torch.zeros(batch, n_heads, width, k.shape[3], dtype=dtype, device=v.device)
-    return S_init.to(dtype)
+    return h_init.to(dtype)

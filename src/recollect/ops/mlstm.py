@@ -20,8 +20,9 @@ from torch import Tensor
 from recollect.ops.delta_rule import delta_rule
 from recollect.ops.scan import accumulator_dtype
 
-LOWEST_M = -80.0
-"""exp(-m) is finite in float32 down to here; below, outputs are zero to 34 decimals whatever the divisor."""
+M_BOUND = 80.0
+"""exp(-m) is taken of m within this bound, where float32 holds it: beyond it the divisor differs only for outputs that
+are zero to 34 decimals, or whose keys are as nearly orthogonal to the query."""
 
 
 class MatrixMemory(NamedTuple):
@@ -44,16 +45,16 @@ def mlstm_step(
     q_BHN: Tensor, k_BHN: Tensor, v_BHP: Tensor, i_BH: Tensor, f_BH: Tensor, memory: MatrixMemory
 ) -> tuple[Tensor, MatrixMemory]:
     """One position of ``mlstm``: y (B, H, P) and the next memory. O(B H P N)."""
-    C, n, m_before = memory
-    q, k, v, i, f = (t.to(C.dtype) for t in (q_BHN, k_BHN, v_BHP, i_BH, f_BH))
+    c, n, m_before = memory
+    q, k, v, i, f = (t.to(c.dtype) for t in (q_BHN, k_BHN, v_BHP, i_BH, f_BH))
     k = k / math.sqrt(k.shape[-1])
     log_f = F.logsigmoid(f)
     m = torch.maximum(log_f + m_before, i)
     keep, add = torch.exp(log_f + (m_before - m)), torch.exp(i - m)
-    C = keep[..., None, None] * C + (add.unsqueeze(-1) * v).unsqueeze(-1) * k.unsqueeze(-2)
+    c = keep[..., None, None] * c + (add.unsqueeze(-1) * v).unsqueeze(-1) * k.unsqueeze(-2)
     n = keep.unsqueeze(-1) * n + add.unsqueeze(-1) * k
-    read, mass = (C @ q.unsqueeze(-1)).squeeze(-1), (n * q).sum(-1)
-    return _normalised(read, mass, m), MatrixMemory(C, n, m)
+    read, mass = (c @ q.unsqueeze(-1)).squeeze(-1), (n * q).sum(-1)
+    return _normalised(read, mass, m), MatrixMemory(c, n, m)
 
 
 def mlstm_reference(
@@ -67,17 +68,17 @@ def mlstm_reference(
     reset: Tensor | None = None,
 ) -> tuple[Tensor, MatrixMemory]:
     """``mlstm`` one position after the other, as the equations are written."""
-    memory = _initial(k_BLHN, v_BLHP, memory)
+    held = _initial(k_BLHN, v_BLHP, memory)
     reset_steps = (None,) * k_BLHN.shape[1] if reset is None else reset.unbind(1)
-    steps = (t.unbind(1) for t in (q_BLHN, k_BLHN, v_BLHP, i_BLH, f_BLH))
+    given = (q_BLHN, k_BLHN, v_BLHP, i_BLH, f_BLH)
     outputs = []
-    for *given, reset_B in zip(*steps, reset_steps, strict=True):
+    for q, k, v, i, f, reset_B in zip(*(t.unbind(1) for t in given), reset_steps, strict=True):
         if reset_B is not None:
-            kept = (part.masked_fill(reset_B.view(-1, *(1,) * (part.dim() - 1)), 0) for part in memory)
-            memory = MatrixMemory(*kept)
-        y_BHP, memory = mlstm_step(*given, memory)
+            kept = (part.masked_fill(reset_B.view(-1, *(1,) * (part.dim() - 1)), 0) for part in held)
+            held = MatrixMemory(*kept)
+        y_BHP, held = mlstm_step(q, k, v, i, f, held)
         outputs.append(y_BHP)
-    return torch.stack(outputs, 1), memory
+    return torch.stack(outputs, 1), held
 
 
 def mlstm(
@@ -113,7 +114,7 @@ def mlstm(
         # Neighbouring m are subtracted first: they may be large, their difference is exact.
         log_f + (previous - m),
         torch.exp(i - m),
-        S_init=torch.cat([C, n.unsqueeze(2)], 2),
+        h_init=torch.cat([C, n.unsqueeze(2)], 2),
         reset=reset,
         chunk_size=chunk_size,
         delta=False,
@@ -142,7 +143,7 @@ def stabiliser(log_f_BLH: Tensor, i_BLH: Tensor, m_BH: Tensor, reset: Tensor | N
 
 
 def _normalised(read: Tensor, mass: Tensor, m: Tensor) -> Tensor:
-    return read / torch.maximum(mass.abs(), torch.exp(-m.clamp_min(LOWEST_M))).unsqueeze(-1)
+    return read / torch.maximum(mass.abs(), torch.exp(-m.clamp(-M_BOUND, M_BOUND))).unsqueeze(-1)
 
 
 def _initial(k: Tensor, v: Tensor, memory: MatrixMemory | None) -> MatrixMemory:

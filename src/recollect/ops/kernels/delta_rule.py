@@ -2,8 +2,8 @@
 
 S_t = a_t S_{t-1} + b_t e_t k_t^T with e_t = v_t - c a_t S_{t-1} k_t, and y_t = S_t q_t; c is 1 (delta rule) or 0 (plain
 decayed writes). A reset is a_t = 0. Rows of the forward and of the adjoint memory lie along keys and are vectorised
-over values; the memory that backward runs through a second time lies the other way, so that no sum is taken across a
-vector. Axes are padded to ``PAD``.
+over values, two vectors at a time; the memory that backward runs through a second time lies the other way, so that no
+sum is taken across a vector. Both axes are padded to two vectors.
 
 Backward keeps no memories. With G_t the gradient by S_t, a sweep back in time gives du_t = G_t k_t, dv_t = b_t du_t and
 G_{t-1} = a_t (G_t - c dv_t k_t^T) + dy_{t-1} q_{t-1}^T; a sweep forward gives dq_t = S_t^T dy_t and the rest of dk_t.
@@ -12,6 +12,8 @@ the end, it is exactly zero after the last position that counts.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +29,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and e (B, L, H, P), and the last S (B, H, P, N). q, k (B, L, H, N); v (B, L, H, P); a, b (B, L, H)."""
     batch, _, n_heads, width = v.shape
-    q, k, v = _padded(q), _padded(k), _padded(v)
-    S = _padded(_padded(start).mT).contiguous()
-    S = S.clone() if S.data_ptr() == start.data_ptr() else S
+    q, k, v, a, b = _padded(q), _padded(k), _padded(v), a.contiguous(), b.contiguous()
+    memory = _own(_padded(_padded(start).mT), start)
     y, e = torch.empty_like(v), torch.empty_like(v)
-    given = arrays(q, k, v, a, b)
-    made = arrays(y, e, S)
-    over_rows(batch * n_heads, lambda begin, end: _forward(begin, end, *given, *made, delta))
-    return y[..., :width], e, S.mT[..., :width, : start.shape[3]]
+    given: list[Any] = [*arrays(q, k, v, a, b, y, e, memory), delta]
+    over_rows(batch * n_heads, lambda begin, end: _forward(begin, end, *given))
+    return y[..., :width], e, memory.mT[..., :width, : start.shape[3]]
 
 
 def backward(
@@ -44,29 +44,33 @@ def backward(
     """Gradients by q, k, v, log a, b and the first S; ``e`` and ``last`` are what ``forward`` returned."""
     batch, _, n_heads, width = v.shape
     d_state = k.shape[3]
-    q, k, v, dy = _padded(q), _padded(k), _padded(v), _padded(dy)
-    G = _padded(_padded(dlast).mT).contiguous()
-    G = G.clone() if G.data_ptr() == dlast.data_ptr() else G
-    S = _padded(_padded(start.mT).mT).contiguous()
-    S = S.clone() if S.data_ptr() == start.data_ptr() else S
+    q, k, v, dy, a, b = _padded(q), _padded(k), _padded(v), _padded(dy), a.contiguous(), b.contiguous()
+    adjoint = _own(_padded(_padded(dlast).mT), dlast)
+    memory = _own(_padded(_padded(start.mT).mT), start)
+    ends = (dlast.double() * last).sum((-1, -2))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     db, dlog = torch.empty_like(b), torch.empty_like(a)
     inputs = arrays(q, k, v, a, b, e, dy)
-    made = arrays(dq, dk, dv, db, dlog)
-    adjoint, memory, ends = arrays(G, S, (dlast.double() * last).sum((-1, -2)))
+    back: list[Any] = [*inputs, *arrays(dk, dv, db, adjoint), delta]
+    again: list[Any] = [*inputs, *arrays(dq, dk, dv, dlog, memory, ends), delta]
 
     def run(begin: int, end: int) -> None:
-        _back(begin, end, *inputs, *made, adjoint, delta)
-        _again(begin, end, *inputs, *made, memory, ends, delta)
+        _back(begin, end, *back)
+        _again(begin, end, *again)
 
     over_rows(batch * n_heads, run)
-    return dq[..., :d_state], dk[..., :d_state], dv[..., :width], dlog, db, G.mT[..., :width, :d_state]
+    return dq[..., :d_state], dk[..., :d_state], dv[..., :width], dlog, db, adjoint.mT[..., :width, :d_state]
 
 
 def _padded(x: Tensor) -> Tensor:
     unit = 2 * BYTES // x.dtype.itemsize
     padding = -x.shape[-1] % unit
     return F.pad(x, (0, padding)).contiguous() if padding else x.contiguous()
+
+
+def _own(x: Tensor, source: Tensor) -> Tensor:
+    """x in memory that kernels may write to, which is not that of ``source``."""
+    return x.clone() if x.data_ptr() == source.data_ptr() else x
 
 
 @kernel
@@ -108,7 +112,8 @@ def _forward(
                     store(S[n], 0, s0)
                     store(S[n], W, s1)
                     y0, y1 = fma(q_n, s0, y0), fma(q_n, s1, y1)
-                    w0, w1 = fma(next_n, s0, w0), fma(next_n, s1, w1)
+                    if delta:
+                        w0, w1 = fma(next_n, s0, w0), fma(next_n, s1, w1)
                 store(y[batch, t, head], p, y0)
                 store(y[batch, t, head], p + W, y1)
             for n in range(d_state):
@@ -120,7 +125,7 @@ def _forward(
 def _back(
     begin: int, end: int,
     q: Array, k: Array, v: Array, a: Array, b: Array, e: Array, dy: Array,
-    dq: Array, dk: Array, dv: Array, db: Array, dlog: Array, adjoint: Array,
+    dk: Array, dv: Array, db: Array, adjoint: Array,
     delta: bool,
 ) -> None:  # fmt: skip
     """Back in time: dv, db, the first part of dk (G_t^T b_t e_t), and ``adjoint`` from last to first."""
@@ -128,8 +133,7 @@ def _back(
     W = BYTES // v.itemsize
     zero, one = v.dtype.type(0), v.dtype.type(1)
     G = np.empty((d_state, 2 * W), v.dtype)
-    products = np.empty((d_state, W), v.dtype)
-    errors = np.empty((W, W), v.dtype)
+    products = np.empty((W, W), v.dtype)
     for row in range(begin, end):
         batch, head = row // n_heads, row % n_heads
         for p in range(0, width, 2 * W):
@@ -148,24 +152,27 @@ def _back(
                 b_t = splat(b[batch, t, head])
                 u0, u1 = times(b_t, e0), times(b_t, e1)
                 d0 = d1 = splat(zero)
-                for n in range(d_state):
-                    next_n, q_n, k_n = splat(k_next[n]), splat(q_t[n]), splat(k_t[n])
-                    g0 = fma(q_n, y0, fma(next_n, c0, times(a_next, load(G[n], 0))))
-                    g1 = fma(q_n, y1, fma(next_n, c1, times(a_next, load(G[n], W))))
-                    store(G[n], 0, g0)
-                    store(G[n], W, g1)
-                    d0, d1 = fma(k_n, g0, d0), fma(k_n, g1, d1)
-                    store(products[n], 0, fma(u1, g1, times(u0, g0)))
                 dk_t = dk[batch, t, head]
-                for n in range(0, d_state, W):
-                    sums = row_sums(products, n * W)
+                for first in range(0, d_state, W):
+                    for i in range(W):
+                        n = first + i
+                        next_n, q_n, k_n = splat(k_next[n]), splat(q_t[n]), splat(k_t[n])
+                        g0, g1 = times(a_next, load(G[n], 0)), times(a_next, load(G[n], W))
+                        if delta:
+                            g0, g1 = fma(next_n, c0, g0), fma(next_n, c1, g1)
+                        g0, g1 = fma(q_n, y0, g0), fma(q_n, y1, g1)
+                        store(G[n], 0, g0)
+                        store(G[n], W, g1)
+                        d0, d1 = fma(k_n, g0, d0), fma(k_n, g1, d1)
+                        store(products[i], 0, fma(u1, g1, times(u0, g0)))
+                    sums = row_sums(products, 0)
                     if p > 0:
-                        sums = fma(splat(one), sums, load(dk_t, n))
-                    store(dk_t, n, sums)
-                store(errors, 0, fma(d1, e1, times(d0, e0)))
+                        sums = fma(splat(one), sums, load(dk_t, first))
+                    store(dk_t, first, sums)
+                store(products[0], 0, fma(d1, e1, times(d0, e0)))
                 error = zero
                 for i in range(W):
-                    error += errors[0, i]
+                    error += products[0, i]
                 db[batch, t, head] = error if p == 0 else db[batch, t, head] + error
                 g0, g1 = times(b_t, d0), times(b_t, d1)
                 store(dv[batch, t, head], p, g0)
@@ -184,7 +191,7 @@ def _back(
 def _again(
     begin: int, end: int,
     q: Array, k: Array, v: Array, a: Array, b: Array, e: Array, dy: Array,
-    dq: Array, dk: Array, dv: Array, db: Array, dlog: Array, memory: Array, ends: Array,
+    dq: Array, dk: Array, dv: Array, dlog: Array, memory: Array, ends: Array,
     delta: bool,
 ) -> None:  # fmt: skip
     """Forward in time, after ``_back``: dq, the second part of dk (-a_t S_{t-1}^T dv_t), and the decays."""
@@ -220,7 +227,8 @@ def _again(
                     store(S[p], 0, s0)
                     store(S[p], W, s1)
                     q0, q1 = fma(dy_p, s0, q0), fma(dy_p, s1, q1)
-                    w0, w1 = fma(dv_p, s0, w0), fma(dv_p, s1, w1)
+                    if delta:
+                        w0, w1 = fma(dv_p, s0, w0), fma(dv_p, s1, w1)
                 store(dq[batch, t, head], n, q0)
                 store(dq[batch, t, head], n + W, q1)
         change = ends[batch, head]

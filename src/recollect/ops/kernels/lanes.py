@@ -47,7 +47,7 @@ def _load_form(typing_context: Any, array: Any, offset: Any) -> Any:  # noqa: AR
     lanes = Lanes(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _address(context, builder, signature.args[0], *arguments, context.get_value_type(lanes))
+        where = _address(context, builder, signature.args[0], arguments[0], arguments[1], context.get_value_type(lanes))
         return builder.load(where, align=array.dtype.bitwidth // 8)
 
     return lanes(array, types.intp), generate
@@ -55,7 +55,7 @@ def _load_form(typing_context: Any, array: Any, offset: Any) -> Any:  # noqa: AR
 
 def _store_form(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:  # noqa: ARG001
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _address(context, builder, signature.args[0], *arguments[:2], arguments[2].type)
+        where = _address(context, builder, signature.args[0], arguments[0], arguments[1], arguments[2].type)
         builder.store(arguments[2], where, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
