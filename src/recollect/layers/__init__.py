@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from recollect.core.layer import SequenceLayer
 from recollect.layers.attention import Attention
+from recollect.layers.gated_deltanet import GatedDeltaNet
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.mlp import Mlp
+from recollect.layers.mlstm import MLSTM
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
 from recollect.layers.transformer_xl import TransformerXL
@@ -18,6 +20,8 @@ LAYERS: dict[str, type[SequenceLayer]] = {
     "transformer_xl": TransformerXL,
     "s5": S5,
     "mamba2": Mamba2,
+    "gated_deltanet": GatedDeltaNet,
+    "mlstm": MLSTM,
     "sparse": SparseAttention,
     "hax": HAX,
     "mlp": Mlp,
