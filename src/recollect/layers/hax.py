@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Self
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,8 @@ class HAX(SequenceLayer):
         def attention(self) -> SparseAttention.Config:
             """The sparse attention that joins the mixer."""
             parallel = self.arrangement == "parallel"
-            options: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(SparseOptions)}
             width = self.mixer.inner if parallel and isinstance(self.mixer, BranchedConfig) else self.d_model
-            return SparseAttention.Config(**{**options, "d_model": width, "project": not parallel})
+            return SparseAttention.Config(width, project=not parallel, **self.options())
 
         @classmethod
         def published(cls, d_model: int, mixer: LayerConfig | None = None, n_keys: int = 64) -> Self:

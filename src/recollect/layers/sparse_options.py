@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from recollect.core.errors import ConfigError, nearest
 from recollect.core.layer import LayerConfig
@@ -116,6 +116,10 @@ class SparseOptions(LayerConfig):
                 f"{self.kind}: selection_target={self.selection_target} is for selection=ranking or gate+ranking, "
                 f"not {self.selection}"
             )
+
+    def options(self) -> dict[str, Any]:
+        """The options alone, by name: what another config of this kind takes over."""
+        return {f.name: getattr(self, f.name) for f in fields(SparseOptions) if f.name != "d_model"}
 
     @property
     def union(self) -> tuple[Pattern, ...]:
