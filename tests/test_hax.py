@@ -255,19 +255,20 @@ def test_gradients_reach_what_they_should_and_nothing_else(selection: str) -> No
         assert {name for name, moved in by_selection.items() if moved} == {"scorer"}
 
 
-def test_a_gate_trains_queries_and_keys_through_the_scores() -> None:
-    """Nothing is detached on its path: with logits that ignore q and k otherwise, they still get a gradient."""
-
-    def moved(selection: str) -> bool:
-        layer = sparse(patterns=(Full(), KeySelection(4)), selection=selection).double()
-        x = double(1, 20, 8)
-        features: list[Tensor] = []
-        layer.scorer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        layer.eval()(x)
-        return features[0].requires_grad
-
-    assert moved("gate")
-    assert not moved("kl")
+@pytest.mark.parametrize("selection", ["gate", "kl"])
+def test_a_gate_trains_queries_and_keys_through_the_scores(selection: Any) -> None:
+    """Nothing is detached on its path, neither the key nor the sum of queries; the other losses detach both."""
+    layer = sparse(patterns=(Full(), KeySelection(4)), selection=selection).double().eval()
+    features: list[Tensor] = []
+    layer.scorer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    layer(double(1, 20, 8))
+    assert features[0].requires_grad == (selection == "gate")
+    if selection == "gate":
+        key, queries = (half.square() @ double(4) for half in features[0].split(4, -1))
+        for rows, used in (("queries", queries), ("keys", key)):
+            (gradient,) = torch.autograd.grad(used.sum(), layer.to_qk.weight, retain_graph=True)
+            moved = gradient.abs().amax(-1) > 0
+            assert moved.tolist() == [rows == "queries"] * 4 + [rows == "keys"] * 4
 
 
 def test_training_losses_are_for_training() -> None:

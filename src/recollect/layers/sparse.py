@@ -111,7 +111,7 @@ class SparseAttention(SequenceLayer):
         self.to_v = nn.Linear(config.d_model, config.d_model, bias=False) if config.project else nn.Identity()
         self.out = nn.Linear(config.d_model, config.d_model, bias=False) if config.project else nn.Identity()
         if config.learn_scale:
-            self.log_scale = nn.Parameter(torch.full((heads, 1), config.start_scale).log())
+            self.log_scale = nn.Parameter(torch.full((heads,), config.start_scale).log())
         self.lsh = find(config.patterns, Lsh)
         self.key_selection = find(config.patterns, KeySelection)
         self.planes: Tensor
@@ -208,7 +208,7 @@ class SparseAttention(SequenceLayer):
         if c.normalise == "l2":
             projected = F.normalize(projected, dim=-1)
         q, k = projected[:, :, 0], projected[:, :, -1]
-        return (q * self.log_scale.exp().to(q.dtype), k, 1.0) if c.learn_scale else (q, k, c.start_scale)
+        return (q * self.log_scale.exp()[:, None].to(q.dtype), k, 1.0) if c.learn_scale else (q, k, c.start_scale)
 
     def _score(self, k_BLHN: Tensor, seen_BLHN: Tensor) -> Tensor:
         return self.scorer(torch.cat([k_BLHN, seen_BLHN], -1)).squeeze(-1)
