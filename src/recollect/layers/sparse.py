@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.core.errors import ConfigError
-from recollect.core.layer import LayerConfig, LayerOut, SequenceLayer
+from recollect.core.layer import LayerOut, SequenceLayer
 from recollect.core.types import Aux
-from recollect.ops.hashing import draw_planes, sign_buckets
-from recollect.ops.patterns import (
-    Dilated,
-    Full,
-    KeySelection,
-    Lsh,
-    Pattern,
-    Sink,
-    Window,
-    check_patterns,
-    find,
-)
-from recollect.ops.selection import selection_loss
+from recollect.layers.sparse_options import SparseOptions
+from recollect.ops.hashing import draw_planes, hash_buckets, hash_loss
+from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Sink, Window, find
+from recollect.ops.scan import accumulator_dtype
+from recollect.ops.selection import selection_divergence, selection_loss
 from recollect.ops.sparse_attention import Buckets, Memory, init_memory, memory_bytes, sparse_attention
 
 
@@ -36,28 +28,21 @@ class SparseAttention(SequenceLayer):
     as in HAX (arXiv 2507.00449, section 4). ``project=False`` takes the inputs themselves as values and returns the
     heads as they are: the form in which HAX joins it to a state-space model.
 
-    ``KeySelection`` scores a key by a small network of the key and the normalised sum of the queries up to it, both
-    detached. In training its ranking loss is returned as ``aux["selection"]``. Hash planes are a buffer drawn once with
-    the parameters; no statistic over the sequence enters the hash. Time O(L (K + log L)), memory O(L K).
+    ``KeySelection`` scores a key by a small network of the key and the normalised sum of the queries up to it. What is
+    discrete, buckets and selection, is taught by the losses that the options name, returned as ``aux["hash"]`` and
+    ``aux["selection"]`` in training. No statistic over the sequence enters the hash. Time O(L (K + log L)), memory
+    O(L K), and in training what those losses cost.
     """
 
     @dataclass(frozen=True)
-    class Config(LayerConfig, kind="sparse"):
-        """``d_key`` is the width N of queries and keys of each head; values have width ``d_model / n_heads``."""
+    class Config(SparseOptions, kind="sparse"):
+        """``SparseOptions``; values have width ``d_model / n_heads``, projected from the inputs with ``project``."""
 
-        d_key: int = 32
-        n_heads: int = 1
-        patterns: tuple[Pattern, ...] = (Lsh(32, n_bits=8), KeySelection(32))
         project: bool = True
-        selection_target: Literal["mean", "sum"] = "mean"
-        init_std: float | None = None
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_patterns(self.patterns)
-            if self.d_key < 1:
-                raise ConfigError(f"{self.kind}: d_key must be at least 1, got {self.d_key}")
-            if self.n_heads < 1 or self.d_model % self.n_heads:
+            if self.d_model % self.n_heads:
                 raise ConfigError(f"{self.kind}: d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
 
         @classmethod
@@ -67,6 +52,7 @@ class SparseAttention(SequenceLayer):
         @classmethod
         def declared(cls) -> Mapping[str, Self]:
             every = (Window(3), Sink(2), Dilated(2, stride=5), KeySelection(3), Lsh(4, n_bits=2, n_rounds=2))
+            columns = Lsh(4, n_bits=2, n_rounds=2, rule="argmax")
             return {
                 "tiny": cls.tiny(),
                 "full": cls(d_model=8, d_key=4, patterns=(Full(),)),
@@ -74,14 +60,38 @@ class SparseAttention(SequenceLayer):
                 "lsh": cls(d_model=8, d_key=4, patterns=(Lsh(3, n_bits=2),)),
                 "every-heads": cls(d_model=8, d_key=4, n_heads=2, patterns=every),
                 "unprojected": cls(d_model=8, d_key=4, patterns=(Dilated(3, stride=4),), project=False),
+                "shared-l2-redrawn": cls(
+                    d_model=8,
+                    d_key=4,
+                    n_heads=2,
+                    patterns=(columns, KeySelection(3)),
+                    qk="shared",
+                    normalise="l2",
+                    learn_scale=True,
+                    planes="redrawn",
+                    selection="kl",
+                ),
+                "gate-learned": cls(
+                    d_model=8,
+                    d_key=4,
+                    patterns=(Lsh(3, n_bits=2), KeySelection(3)),
+                    include_self=True,
+                    scale=0.7,
+                    planes="learned",
+                    selection="gate+kl",
+                ),
+                "gate-heads": cls(
+                    d_model=8, d_key=3, n_heads=2, patterns=(KeySelection(4),), learn_scale=True, selection="gate"
+                ),
             }
 
         def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:
             """Bytes of memory slots and, with key selection, of the running query sum."""
-            d_value, item = self.d_model // self.n_heads, dtype.itemsize
-            slots = memory_bytes(self.patterns, batch, self.n_heads, self.d_key, d_value, item, seen)
+            slots = memory_bytes(
+                self.union, batch, self.n_heads, self.key_width, self.d_model // self.n_heads, dtype.itemsize, seen
+            )
             summed = self.d_key if find(self.patterns, KeySelection) else 0
-            return slots + batch * self.n_heads * summed * item
+            return slots + batch * self.n_heads * summed * accumulator_dtype(dtype).itemsize
 
     class State(NamedTuple):
         """The remembered keys, and the sum of the segment's queries (B, H, N) when key selection needs it."""
@@ -92,18 +102,30 @@ class SparseAttention(SequenceLayer):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        heads, d_key, d_value = config.n_heads, config.d_key, config.d_model // config.n_heads
-        self.d_value = d_value
-        self.to_qk = nn.Linear(config.d_model, 2 * heads * d_key, bias=False)
+        heads, d_key = config.n_heads, config.d_key
+        self.d_value = config.d_model // heads
+        self.n_projections = 1 if config.qk == "shared" else 2
+        self.to_qk = nn.Linear(config.d_model, self.n_projections * heads * d_key, bias=False)
         if config.init_std is not None:
             nn.init.normal_(self.to_qk.weight, std=config.init_std)
         self.to_v = nn.Linear(config.d_model, config.d_model, bias=False) if config.project else nn.Identity()
         self.out = nn.Linear(config.d_model, config.d_model, bias=False) if config.project else nn.Identity()
+        if config.learn_scale:
+            self.log_scale = nn.Parameter(torch.full((heads,), config.start_scale).log())
         self.lsh = find(config.patterns, Lsh)
         self.key_selection = find(config.patterns, KeySelection)
         self.planes: Tensor
+        self.plane_seed: Tensor
+        self.plane_draws: Tensor
         if self.lsh is not None:
-            self.register_buffer("planes", draw_planes(d_key, heads, self.lsh.n_rounds, self.lsh.n_bits))
+            planes = draw_planes(d_key, heads, self.lsh.n_rounds, self.lsh.n_planes)
+            if config.planes == "learned":
+                self.planes = nn.Parameter(planes)
+            else:
+                self.register_buffer("planes", planes)
+        if config.planes == "redrawn":
+            self.register_buffer("plane_seed", torch.randint(2**62, ()))
+            self.register_buffer("plane_draws", torch.zeros((), dtype=torch.int64))
         if self.key_selection is not None:
             width = 2 * d_key
             self.scorer = nn.Sequential(
@@ -116,44 +138,96 @@ class SparseAttention(SequenceLayer):
         c = self.config
         device = self.to_qk.weight.device if device is None else device
         dtype = self.to_qk.weight.dtype if dtype is None else dtype
-        memory = init_memory(c.patterns, batch, c.n_heads, c.d_key, self.d_value, device=device, dtype=dtype)
+        memory = init_memory(c.union, batch, c.n_heads, c.key_width, self.d_value, device=device, dtype=dtype)
         width = c.d_key if self.key_selection else 0
-        return self.State(memory, torch.zeros(batch, c.n_heads, width, device=device, dtype=dtype))
+        query_sum = torch.zeros(batch, c.n_heads, width, device=device, dtype=accumulator_dtype(dtype))
+        return self.State(memory, query_sum)
 
     def forward(self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None) -> LayerOut:
-        c = self.config
-        q, k = self.to_qk(x).unflatten(-1, (2, c.n_heads, c.d_key)).unbind(2)
+        if self.training and self.config.planes == "redrawn":
+            self.plane_draws.add_(1)
+        return self._attend(x, state, reset, taught=self.training)
+
+    def step(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """One query against the memory's slots: cost O(M (N + P)) for M slots, whatever came before."""
+        out = self._attend(x[:, None], state, None if reset is None else reset[:, None], taught=False)
+        return out.y[:, 0], out.state
+
+    def current_planes(self) -> Tensor:
+        """Hash planes in force, (H, N, n_rounds, n_planes): those drawn first unless redrawn ones are being trained on.
+
+        Draw number ``plane_draws`` under ``plane_seed``, both saved with the parameters: training that is resumed draws
+        what it would have drawn. Drawn on the CPU, so that every device gets the same.
+        """
+        if not (self.training and self.config.planes == "redrawn"):
+            return self.planes
+        heads, d_key, n_rounds, n_planes = self.planes.shape
+        generator = torch.Generator().manual_seed(int(self.plane_seed) + int(self.plane_draws))
+        return draw_planes(d_key, heads, n_rounds, n_planes, generator).to(self.planes)
+
+    def _attend(self, x: Tensor, state: State | None, reset: Tensor | None, *, taught: bool) -> LayerOut:
+        c, aux = self.config, Aux()
+        q, k, scale = self._queries_and_keys(x)
         v = self.to_v(x).unflatten(-1, (c.n_heads, self.d_value))
-        score, query_sum, aux = None, x.new_zeros(x.shape[0], c.n_heads, 0), Aux()
+        buckets = None
+        if self.lsh is not None:
+            planes, rule = self.current_planes(), self.lsh.rule
+            buckets = Buckets(hash_buckets(q, planes, rule), hash_buckets(k, planes, rule))
+            if taught and c.planes == "learned":
+                n = self._samples(self.lsh.n_keys)
+                aux["hash"] = hash_loss(q, k, planes, rule, n=n, scale=scale, reset=reset)
+        score, query_sum = None, x.new_zeros(x.shape[0], c.n_heads, 0, dtype=accumulator_dtype(x.dtype))
         if self.key_selection is not None:
-            seen, query_sum = running_sum(q.detach(), None if state is None else state.query_sum, reset)
-            score = self.scorer(torch.cat([k.detach(), F.normalize(seen, dim=-1)], -1)).squeeze(-1)
-            if self.training:
-                n = max(32, 2 * self.key_selection.n_keys)
-                aux["selection"] = selection_loss(
-                    q.detach(), k.detach(), score, n=n, reset=reset, target=c.selection_target
-                )
-        buckets = Buckets(sign_buckets(q, self.planes), sign_buckets(k, self.planes)) if self.lsh else None
+            summed = q if c.gated else q.detach()
+            seen, query_sum = running_sum(summed, None if state is None else state.query_sum, reset)
+            seen = F.normalize(seen, dim=-1).to(k.dtype)
+            score = self._score(k if c.gated else k.detach(), seen)
+            if taught and c.selection_loss is not None:
+                pupil = self._score(k.detach(), seen.detach()) if c.gated else score
+                aux["selection"] = self._selection_loss(q.detach(), k.detach(), pupil, scale, reset)
+            if c.gated:
+                q = torch.cat([q, torch.ones_like(q[..., :1])], -1)
+                k = torch.cat([k, F.logsigmoid(score)[..., None] / scale], -1)
         y, memory = sparse_attention(
             q,
             k,
             v,
-            c.patterns,
+            c.union,
             memory=None if state is None else state.memory,
             reset=reset,
             score_BLH=score,
             buckets=buckets,
+            scale=scale,
         )
         return LayerOut(self.out(y.flatten(-2)), self.State(memory, query_sum), aux)
 
-    def step(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        """One query against the memory's slots: cost O(M (N + P)) for M slots, whatever came before."""
-        out = self(x[:, None], state, reset=None if reset is None else reset[:, None])
-        return out.y[:, 0], out.state
+    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """q, k (B, L, H, N) and the factor on their products; a learned one is already in q."""
+        c = self.config
+        projected = self.to_qk(x).unflatten(-1, (self.n_projections, c.n_heads, c.d_key))
+        if c.normalise == "l2":
+            projected = F.normalize(projected, dim=-1)
+        q, k = projected[:, :, 0], projected[:, :, -1]
+        return (q * self.log_scale.exp()[:, None].to(q.dtype), k, 1.0) if c.learn_scale else (q, k, c.start_scale)
+
+    def _score(self, k_BLHN: Tensor, seen_BLHN: Tensor) -> Tensor:
+        return self.scorer(torch.cat([k_BLHN, seen_BLHN], -1)).squeeze(-1)
+
+    def _samples(self, n_keys: int) -> int:
+        return max(32, 2 * n_keys) if self.config.samples is None else self.config.samples
+
+    def _selection_loss(self, q: Tensor, k: Tensor, score: Tensor, scale: float, reset: Tensor | None) -> Tensor:
+        assert self.key_selection is not None
+        n = self._samples(self.key_selection.n_keys)
+        if self.config.selection_loss == "kl":
+            return selection_divergence(q, k, score, n=n, scale=scale, reset=reset)
+        target = self.config.selection_target
+        return selection_loss(q, k, score, n=n, scale=scale, reset=reset, target=target)
 
 
 def running_sum(x_BLHN: Tensor, start_BHN: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over each segment up to and including every position, and the last one to carry on from."""
+    """Sum over each segment up to and including every position, and the last one to carry on from. At least float32."""
+    x_BLHN = x_BLHN.to(accumulator_dtype(x_BLHN.dtype))
     start = torch.zeros_like(x_BLHN[:, 0]) if start_BHN is None else start_BHN
     total = torch.cat([start[:, None], x_BLHN], 1).cumsum(1)
     if reset is not None:

@@ -21,11 +21,15 @@ pattern           priority                                    group of keys     
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from recollect.core.config import Config
-from recollect.core.errors import ConfigError
+from recollect.core.errors import ConfigError, nearest
+
+HashRule = Literal["sign", "argmax"]
+"""How a vector's bucket is read off its projections (``ops.hashing``)."""
 
 
 @dataclass(frozen=True)
@@ -94,21 +98,42 @@ class KeySelection(_Budgeted, kind="key-selection"):
 
 @dataclass(frozen=True)
 class Lsh(_Budgeted, kind="lsh"):
-    """Per hash round, the most recent ``n_keys / n_rounds`` keys in the query's bucket of 2^n_bits."""
+    """Per hash round, the most recent ``n_keys / n_rounds`` keys in the query's bucket, one of 2^n_bits.
+
+    ``rule`` "sign" (the synthetic setting of arXiv 2507.00449): the signs of ``n_bits`` projections are the bucket's
+    binary digits; hashing costs N n_bits per vector and round. "argmax" (its language setting, appendix D.2): the
+    bucket is the largest of 2^n_bits projections, one cone about each of as many directions, at N 2^n_bits.
+
+    Rounds share the budget. A query and a key at angle t meet in a round of signs with probability (1 - t/pi)^n_bits:
+    one round of many bits needs nearly parallel vectors, several rounds of fewer bits find looser matches.
+    """
 
     n_bits: int = 8
     n_rounds: int = 1
+    rule: HashRule = "sign"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rule not in get_args(HashRule):
+            raise ConfigError(f"pattern lsh: rule '{self.rule}' is unknown{nearest(self.rule, get_args(HashRule))}")
         if not 1 <= self.n_bits <= 16:
             raise ConfigError(f"pattern lsh: n_bits must be in 1..16, got {self.n_bits}")
         if self.n_rounds < 1 or self.n_keys % self.n_rounds:
             raise ConfigError(f"pattern lsh: n_keys {self.n_keys} must be a multiple of n_rounds {self.n_rounds}")
 
     @property
+    def n_buckets(self) -> int:
+        """Buckets per round."""
+        return 1 << self.n_bits
+
+    @property
+    def n_planes(self) -> int:
+        """Projections per round that the rule reads: ``n_bits`` signs, or one column per bucket."""
+        return self.n_bits if self.rule == "sign" else self.n_buckets
+
+    @property
     def slots(self) -> int | None:
-        return self.n_keys << self.n_bits
+        return self.n_keys * self.n_buckets
 
 
 P = TypeVar("P", bound=Pattern)
@@ -123,6 +148,9 @@ def check_patterns(patterns: tuple[Pattern, ...]) -> None:
     """Raise ConfigError unless the union is non-empty and names each type of pattern once."""
     if not patterns:
         raise ConfigError("sparse attention needs at least one pattern, for example (Window(64),)")
+    for pattern in patterns:
+        if not isinstance(pattern, Pattern):
+            raise ConfigError(f"{pattern!r} is not a pattern; give a spec, for example Window(64)")
     kinds = [p.kind for p in patterns]
     for kind in kinds:
         if kinds.count(kind) > 1:
@@ -139,3 +167,38 @@ def memory_slots(patterns: tuple[Pattern, ...]) -> int | None:
     """Memory slots that the union needs between calls; None with ``Full``."""
     slots = [p.slots for p in patterns]
     return None if None in slots else sum(s for s in slots if s is not None)
+
+
+def with_self(patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+    """The union in which every query may also read its own key: ``Window(1)`` is added unless it already may."""
+    return patterns if find(patterns, Window) or find(patterns, Full) else (*patterns, Window(1))
+
+
+def published_pattern(name: str, n_keys: int = 64, max_length: int = 2048) -> tuple[Pattern, ...]:
+    """A sparse row of the published tables (arXiv 2507.00449, tables 1 to 5), by the name it has there.
+
+    "D" dilated, "SW" sliding window, "SW+D" both, "A" window and sink, "LSH" 8 sign bits, "KS" key selection, "HAX"
+    the last two, and "full" dense attention, which the tables leave out. ``n_keys`` (64 in table 1, 128 in the others)
+    is shared evenly by the parts of a union. A dilation reaches back ``max_length``: the published code leaves that at
+    2048 on sequences of at most 1057, so half of its keys never exist; give the task's own length for a fair row.
+
+    Raises ConfigError for an unknown name and for a budget that cannot be shared.
+    """
+    half = n_keys // 2
+    if n_keys < 2 or n_keys % 2:
+        raise ConfigError(f"n_keys must be even and at least 2, as unions share it in halves; got {n_keys}")
+    if max_length < n_keys:
+        raise ConfigError(f"max_length {max_length} must be at least n_keys {n_keys}")
+    rows: Mapping[str, tuple[Pattern, ...]] = {
+        "D": (Dilated(n_keys, stride=max_length // n_keys),),
+        "SW": (Window(n_keys),),
+        "SW+D": (Window(half), Dilated(half, stride=max_length // half)),
+        "A": (Window(half), Sink(half)),
+        "LSH": (Lsh(n_keys, n_bits=8),),
+        "KS": (KeySelection(n_keys),),
+        "HAX": (Lsh(half, n_bits=8), KeySelection(half)),
+        "full": (Full(),),
+    }
+    if name not in rows:
+        raise ConfigError(f"unknown published pattern '{name}'{nearest(name, rows)}")
+    return rows[name]

@@ -97,6 +97,8 @@ class Recall(Problem):
 
     def _key_budget(self) -> int | None:
         """Most keys one query may read in any layer: 0 without attention, None where there is no bound."""
-        unions: list[tuple[Pattern, ...]] = [getattr(layer, "patterns", ()) for layer in self.config.backbone.layers]
+        unions: list[tuple[Pattern, ...]] = [
+            getattr(layer, "union", getattr(layer, "patterns", ())) for layer in self.config.backbone.layers
+        ]
         budgets = [key_budget(union) if union else 0 for union in unions]
         return None if None in budgets else max(b for b in budgets if b is not None)

@@ -1,0 +1,591 @@
+"""HAX's choices: what each option does, what its loss prefers, where gradients go, and the presets' numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recollect.core.config import dumps, from_dict, override, to_dict
+from recollect.core.errors import ConfigError
+from recollect.core.layer import BranchedConfig, LayerConfig
+from recollect.core.state import nbytes
+from recollect.layers import LAYERS
+from recollect.layers.attention import Attention
+from recollect.layers.gru import GRU
+from recollect.layers.hax import HAX
+from recollect.layers.mamba2 import Mamba2
+from recollect.layers.s5 import S5
+from recollect.layers.sparse import SparseAttention
+from recollect.ops.hashing import argmax_buckets, draw_planes, hash_buckets, hash_loss
+from recollect.ops.patterns import (
+    Dilated,
+    Full,
+    KeySelection,
+    Lsh,
+    Sink,
+    Window,
+    key_budget,
+    memory_slots,
+    published_pattern,
+)
+from recollect.ops.selection import selection_divergence
+from recollect.ops.sparse_attention import Buckets, key_sets_reference, sparse_attention, sparse_attention_reference
+from recollect.train.recall import RecallConfig
+
+RULES = ("sign", "argmax")
+
+
+def sparse(**options: Any) -> SparseAttention:
+    return SparseAttention(SparseAttention.Config(8, **({"d_key": 4} | options)))
+
+
+def double(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Hashing
+
+
+def test_the_argmax_bucket_is_the_nearest_direction() -> None:
+    directions = torch.eye(4, dtype=torch.float64)[None, :, None]  # one head, one round, column c is axis c
+    x = torch.tensor([[0.1, 3.0, 0.2, 1.0], [-5.0, -1.0, -0.5, -2.0]], dtype=torch.float64)
+    assert argmax_buckets(x[None, :, None], directions).flatten().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_bucket_depends_on_direction_alone(rule: Any) -> None:
+    lsh = Lsh(4, n_bits=3, n_rounds=2, rule=rule)
+    planes = draw_planes(8, 2, lsh.n_rounds, lsh.n_planes).double()
+    x = double(3, 50, 2, 8)
+    buckets = hash_buckets(x, planes, rule)
+    assert buckets.shape == (3, 50, 2, 2)
+    assert buckets.min() >= 0
+    assert lsh.n_buckets // 2 < int(buckets.max()) < lsh.n_buckets, "all buckets are in use"
+    assert torch.equal(hash_buckets(7.5 * x, planes, rule), buckets)
+    near = (hash_buckets(x + 0.1 * double(3, 50, 2, 8, seed=1), planes, rule) == buckets).double().mean()
+    far = (hash_buckets(double(3, 50, 2, 8, seed=2), planes, rule) == buckets).double().mean()
+    assert near > 0.7
+    assert far < 0.3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rounds_and_rules_reach_the_attention(rule: Any) -> None:
+    """The layer reads the keys of the written-out definition, over several rounds, under either rule."""
+    lsh = Lsh(8, n_bits=2, n_rounds=4, rule=rule)
+    layer = sparse(patterns=(lsh,), project=False, n_heads=2).double().eval()
+    assert layer.planes.shape == (2, 4, 4, 2 if rule == "sign" else 4)
+    x = double(2, 70, 8)
+    q, k = layer.to_qk(x).unflatten(-1, (2, 2, 4)).unbind(2)
+    buckets = Buckets(hash_buckets(q, layer.planes, rule), hash_buckets(k, layer.planes, rule))
+    wanted, sets = sparse_attention_reference(q, k, x.unflatten(-1, (2, 4)), (lsh,), buckets=buckets)
+    torch.testing.assert_close(layer(x).y, wanted.flatten(-2), rtol=0, atol=1e-12)
+    assert sets.sum(-1).max() <= 8
+    one = Buckets(buckets.q[..., :1], buckets.k[..., :1])
+    assert sets.sum() > key_sets_reference(q, (replace(lsh, n_keys=2, n_rounds=1),), buckets=one).sum()
+
+
+def matching_pairs(n: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Key j and query n + j share 6 of 24 features; in 9 others the keys, in the last 9 the queries hold noise.
+
+    Attention sees the shared features only, as noise meets zeros in the product; random planes see all of them.
+    """
+    shared = 2.5 * F.normalize(double(1, n, 1, 6, seed=seed), dim=-1)
+    noise, other, zeros = double(1, n, 1, 9, seed=seed + 1), double(1, n, 1, 9, seed=seed + 2), torch.zeros(1, n, 1, 9)
+    asking, asked = torch.cat([shared, zeros, noise], -1), torch.cat([shared, other, zeros], -1)
+    return torch.cat([torch.zeros_like(asking), asking], 1), torch.cat([asked, torch.zeros_like(asked)], 1)
+
+
+def collisions(q: Tensor, k: Tensor, planes: Tensor, rule: Any) -> tuple[float, float]:
+    """How often a query shares a bucket with its own key, and with any key."""
+    half = q.shape[1] // 2
+    query, key = hash_buckets(q[:, half:], planes, rule), hash_buckets(k[:, :half], planes, rule)
+    return (query == key).double().mean().item(), (query[:, :, None] == key[:, None]).double().mean().item()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_hash_loss_prefers_planes_that_put_matching_pairs_together(rule: Any) -> None:
+    q, k = matching_pairs()
+    planes = 3 * draw_planes(24, 1, 1, 4, torch.Generator().manual_seed(5)).double()
+    seeing, blind = planes.clone(), planes.clone()
+    seeing[:, 6:] = 0
+    blind[:, :6] = 0
+    losses = [hash_loss(q, k, p, rule, n=120, scale=4.0).item() for p in (seeing, planes, blind)]
+    assert losses[0] < losses[1] < losses[2]
+    assert losses[0] < losses[2] - 0.3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_learned_planes_bring_matching_pairs_together(rule: Any) -> None:
+    """New pairs at every step, and scored on pairs never seen: what is learned is where they agree."""
+    q, k = matching_pairs()
+    planes = draw_planes(24, 1, 1, 4 if rule == "sign" else 16, torch.Generator().manual_seed(1)).double()
+    before, _ = collisions(q, k, planes, rule)
+    planes.requires_grad_()
+    optimizer = torch.optim.SGD([planes], lr=1.0, momentum=0.9)
+    for step in range(200):
+        optimizer.zero_grad()
+        hash_loss(*matching_pairs(seed=10 + 3 * step), planes, rule, n=120, scale=4.0).backward()
+        optimizer.step()
+    after, by_chance = collisions(q, k, planes, rule)
+    assert before < 0.3
+    assert after > 0.75
+    assert by_chance < 0.15, "not because everything shares one bucket"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_losses_do_not_look_across_resets(rule: Any) -> None:
+    q, k, score = double(2, 40, 2, 6), double(2, 40, 2, 6, seed=1), double(2, 40, 2, seed=2)
+    planes = draw_planes(6, 2, 2, 3).double()
+    reset = torch.zeros(2, 40, dtype=torch.bool)
+    reset[:, 25] = True
+
+    def hashed(part: slice, r: Tensor | None = None) -> Tensor:
+        return hash_loss(q[:, part], k[:, part], planes, rule, n=40, scale=1.0, reset=r)
+
+    def selected(part: slice, r: Tensor | None = None) -> Tensor:
+        return selection_divergence(q[:, part], k[:, part], score[:, part], n=40, scale=1.0, reset=r)
+
+    for loss in (hashed, selected):
+        apart = (25 * loss(slice(0, 25)) + 15 * loss(slice(25, 40))) / 40
+        torch.testing.assert_close(loss(slice(0, 40), reset), apart)
+        assert (loss(slice(0, 40)) - apart).abs() > 1e-3
+
+
+# Key selection
+
+
+def used_keys(length: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    """Every query asks along one direction, and keys lie along it by their strength."""
+    strength = double(1, length, 1, seed=3)
+    direction = F.normalize(double(4, seed=4), dim=0)
+    return direction.expand(1, length, 1, 4), strength[..., None] * direction, strength
+
+
+def test_the_divergence_is_least_at_scores_that_tell_the_attention() -> None:
+    q, k, strength = used_keys()
+
+    def loss(score: Tensor) -> float:
+        return selection_divergence(q, k, score, n=40, scale=2.0).item()
+
+    assert 0 <= loss(2 * strength) < 0.35 * loss(torch.zeros_like(strength)), "2 is the scale of the attention"
+    assert loss(torch.zeros_like(strength)) < loss(-2 * strength)
+    assert loss(2 * strength + 5) == pytest.approx(loss(2 * strength)), "only differences of scores are taught"
+
+
+def test_the_divergence_teaches_nothing_where_attention_is_indifferent() -> None:
+    """However early a key comes: the plain mean of attention would ask for a preference of the first keys."""
+    score = torch.zeros(2, 50, 3, dtype=torch.float64, requires_grad=True)
+    loss = selection_divergence(torch.zeros(2, 50, 3, 4).double(), double(2, 50, 3, 4), score, n=50, scale=1.0)
+    (gradient,) = torch.autograd.grad(loss, score)
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert gradient.abs().max() < 1e-12
+
+
+def test_the_divergence_counts_queries_after_a_key_only() -> None:
+    """Queries ask for one direction in the first half and for another in the second."""
+    q = torch.zeros(1, 40, 1, 2, dtype=torch.float64)
+    q[:, :20, :, 0] = q[:, 20:, :, 1] = 1
+    k = torch.eye(2, dtype=torch.float64)[torch.arange(40) % 2][None, :, None]
+    late = torch.arange(40) >= 20
+    first, second = (torch.where(late, k[0, :, 0, i], 0.0)[None, :, None] for i in (0, 1))
+    losses = [selection_divergence(q, k, 3 * score, n=40, scale=3.0) for score in (first, second)]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_losses_of_few_samples_and_many_segments_are_finite(n: int) -> None:
+    """Most segments hold no sampled query, and some hold one position."""
+    q, k, score = double(2, 30, 1, 4), double(2, 30, 1, 4, seed=1), double(2, 30, 1, seed=2).requires_grad_()
+    reset = torch.rand(2, 30) < 0.5
+    loss = selection_divergence(q, k, score, n=n, scale=1.0, reset=reset)
+    (gradient,) = torch.autograd.grad(loss, score)
+    assert loss.isfinite()
+    assert loss >= 0
+    assert gradient.isfinite().all()
+
+
+def test_a_gate_adds_the_log_of_its_openness_to_the_logits() -> None:
+    layer = sparse(patterns=(Full(), KeySelection(3)), selection="gate", project=False, scale=0.6).double().eval()
+    with torch.no_grad():
+        layer.scorer[-1].weight.mul_(100)
+    x = double(2, 30, 8)
+    q, k = layer.to_qk(x).unflatten(-1, (2, 4)).unbind(2)
+    seen = F.normalize(q.cumsum(1), dim=-1)
+    score = layer.scorer(torch.cat([k, seen], -1)).squeeze(-1)
+    assert score.std() > 0.5
+    logits = 0.6 * q @ k.mT + F.logsigmoid(score)[:, None]
+    hidden = torch.ones(30, 30).triu(1).bool()
+    wanted = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ x
+    torch.testing.assert_close(layer(x).y, wanted, rtol=0, atol=1e-12)
+
+
+def gradients(layer: SparseAttention, pick: Callable[[Any], Tensor]) -> dict[str, bool]:
+    """For every parameter whether a function of the layer's training output moves with it."""
+    torch.manual_seed(1)
+    layer = layer.double().train()
+    out = layer(double(2, 40, 8))
+    found = torch.autograd.grad(pick(out), list(layer.parameters()), allow_unused=True)
+    names = [name.split(".")[0] for name, _ in layer.named_parameters()]
+    return {name: grad is not None and bool((grad != 0).any()) for name, grad in zip(names, found, strict=True)}
+
+
+HAX_PATTERNS = (Lsh(4, n_bits=2), KeySelection(4))
+
+
+@pytest.mark.parametrize("selection", ["ranking", "kl", "gate", "gate+ranking", "gate+kl"])
+def test_gradients_reach_what_they_should_and_nothing_else(selection: str) -> None:
+    layer = sparse(patterns=HAX_PATTERNS, planes="learned", selection=selection, learn_scale=True)
+    gated = selection.startswith("gate")
+    by_model = gradients(layer, lambda out: out.y.square().sum())
+    model = {"to_qk", "to_v", "out", "log_scale"} | ({"scorer"} if gated else set())
+    assert {name for name, moved in by_model.items() if moved} == model
+    by_hash = gradients(layer, lambda out: out.aux["hash"])
+    assert {name for name, moved in by_hash.items() if moved} == {"planes"}
+    if selection == "gate":
+        assert "selection" not in layer.train()(torch.randn(1, 9, 8).double()).aux
+    else:
+        by_selection = gradients(layer, lambda out: out.aux["selection"])
+        assert {name for name, moved in by_selection.items() if moved} == {"scorer"}
+
+
+@pytest.mark.parametrize("selection", ["gate", "kl"])
+def test_a_gate_trains_queries_and_keys_through_the_scores(selection: Any) -> None:
+    """Nothing is detached on its path, neither the key nor the sum of queries; the other losses detach both."""
+    layer = sparse(patterns=(Full(), KeySelection(4)), selection=selection).double().eval()
+    features: list[Tensor] = []
+    layer.scorer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    layer(double(1, 20, 8))
+    assert features[0].requires_grad == (selection == "gate")
+    if selection == "gate":
+        key, queries = (half.square() @ double(4) for half in features[0].split(4, -1))
+        for rows, used in (("queries", queries), ("keys", key)):
+            (gradient,) = torch.autograd.grad(used.sum(), layer.to_qk.weight, retain_graph=True)
+            moved = gradient.abs().amax(-1) > 0
+            assert moved.tolist() == [rows == "queries"] * 4 + [rows == "keys"] * 4
+
+
+def test_training_losses_are_for_training() -> None:
+    layer = sparse(patterns=HAX_PATTERNS, planes="learned", selection="gate+kl")
+    x = torch.randn(1, 20, 8)
+    assert set(layer.train()(x).aux) == {"hash", "selection"}
+    assert not layer.eval()(x).aux
+
+
+# Planes
+
+
+def test_redrawn_planes_change_with_training_forwards_and_never_in_eval() -> None:
+    layer = sparse(patterns=HAX_PATTERNS, planes="redrawn")
+    x = torch.randn(2, 30, 8)
+    first = layer.eval().current_planes().clone()
+    assert torch.equal(first, layer.planes)
+    drawn = [first]
+    for _ in range(3):
+        layer.train()(x)
+        drawn.append(layer.current_planes())
+        layer.eval()
+        assert torch.equal(layer(x).y, layer(x).y)
+        assert torch.equal(layer.current_planes(), first)
+    for i, one in enumerate(drawn):
+        assert one.shape == first.shape
+        assert not any(torch.equal(one, other) for other in drawn[:i])
+    layer.train()
+    _, state = layer.step(x[:, 0], layer.init_state(2))
+    layer.step(x[:, 1], state)
+    assert torch.equal(layer.current_planes(), drawn[-1]), "steps of one sequence share their planes"
+
+
+def test_redrawn_planes_use_no_hidden_chance_and_differ_between_layers() -> None:
+    layer, other = sparse(patterns=HAX_PATTERNS, planes="redrawn"), sparse(patterns=HAX_PATTERNS, planes="redrawn")
+    x = torch.randn(1, 5, 8)
+    before = torch.get_rng_state()
+    layer.train()(x)
+    other.train()(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(layer.current_planes(), other.current_planes())
+
+
+def test_training_with_redrawn_planes_resumes_bit_for_bit() -> None:
+    config = HAX.Config(8, mixer=GRU.Config(8), patterns=HAX_PATTERNS, d_key=4, planes="redrawn")
+    batches = torch.randn(8, 2, 40, 8)
+
+    def go_on(layer: HAX, steps: range) -> list[Tensor]:
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        losses: list[Tensor] = []
+        for step in steps:
+            out = layer.train()(batches[step])
+            loss = (out.y - 1).square().mean() + out.aux["selection"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    layer = HAX(config)
+    go_on(layer, range(4))
+    saved = {name: value.clone() for name, value in layer.state_dict().items()}
+    whole = go_on(layer, range(4, 8))
+    resumed = HAX(config)
+    resumed.load_state_dict(saved)
+    assert torch.equal(torch.stack(go_on(resumed, range(4, 8))), torch.stack(whole))
+    stale = HAX(config)
+    stale.load_state_dict(saved | {"attention.plane_draws": torch.tensor(0)})
+    assert not torch.equal(torch.stack(go_on(stale, range(4, 8))), torch.stack(whole)), "the counter matters"
+
+
+# Queries and keys
+
+
+def test_shared_queries_and_keys_are_one_vector() -> None:
+    layer = sparse(patterns=HAX_PATTERNS, qk="shared", n_heads=2)
+    assert layer.to_qk.weight.shape == (8, 8)
+    assert sparse(patterns=HAX_PATTERNS, n_heads=2).to_qk.weight.shape == (16, 8)
+    q, k, scale = layer._queries_and_keys(torch.randn(2, 9, 8))
+    assert torch.equal(q, k)
+    assert scale == 0.5
+    x = double(1, 25, 8)
+    seen = sparse(patterns=(Lsh(1, n_bits=8),), qk="shared", project=False).double()
+    torch.testing.assert_close(seen(x).y, x, msg="with one key per bucket it is the query's own, always in its bucket")
+
+
+@pytest.mark.parametrize("qk", ["separate", "shared"])
+def test_normalised_queries_and_keys_have_length_one_and_their_scale(qk: Any) -> None:
+    x = torch.randn(2, 9, 8)
+    q, k, scale = sparse(patterns=HAX_PATTERNS, qk=qk, normalise="l2")._queries_and_keys(x)
+    for vectors in (q, k):
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 9, 1))
+    assert scale == 10
+    layer = sparse(patterns=HAX_PATTERNS, qk=qk, normalise="l2", scale=3.0, learn_scale=True)
+    q, k, scale = layer._queries_and_keys(x)
+    torch.testing.assert_close(q.norm(dim=-1), torch.full((2, 9, 1), 3.0))
+    torch.testing.assert_close(k.norm(dim=-1), torch.ones(2, 9, 1))
+    assert scale == 1
+    big, usual = layer.double()(1000 * x.double()).y, layer(x.double()).y
+    torch.testing.assert_close(big, 1000 * usual, msg="only the values carry the input's size")
+
+
+@pytest.mark.parametrize("selection", ["ranking", "gate"])
+def test_a_learned_scale_starts_as_the_fixed_one(selection: Any) -> None:
+    fixed = sparse(patterns=HAX_PATTERNS, selection=selection).double()
+    learned = sparse(patterns=HAX_PATTERNS, selection=selection, learn_scale=True).double()
+    learned.load_state_dict(fixed.state_dict(), strict=False)
+    x = double(2, 50, 8)
+    torch.testing.assert_close(learned.eval()(x).y, fixed.eval()(x).y)
+
+
+def test_a_query_may_always_read_itself_if_asked() -> None:
+    x = double(1, 40, 8)
+    alone = sparse(patterns=(Lsh(2, n_bits=8),), project=False).double()
+    assert (alone(x).y == 0).all(-1).any(), "some queries find their bucket empty"
+    layer = sparse(patterns=(Lsh(2, n_bits=8),), project=False, include_self=True).double()
+    y = layer(x).y
+    assert not (y == 0).all(-1).any()
+    torch.testing.assert_close(y[:, 0], x[:, 0])
+    config = layer.config
+    assert config.union == (Lsh(2, n_bits=8), Window(1))
+    assert (key_budget(config.union), memory_slots(config.union)) == (3, 2 * 256 + 1)
+    assert nbytes(layer.float()(x.float()).state) == config.state_bytes(1, seen=40)
+    for patterns in ((Window(3), Sink(2)), (Full(),)):
+        assert SparseAttention.Config(8, patterns=patterns, include_self=True).union == patterns
+
+
+def test_the_declared_budget_of_a_model_counts_the_query_itself() -> None:
+    from recollect.models.backbone import Backbone
+    from recollect.tasks import JointRecall
+
+    layer = SparseAttention.Config(8, patterns=(Lsh(4, n_bits=2),), include_self=True)
+    problem = RecallConfig(JointRecall.Config(), Backbone.Config(8, layers=(layer, GRU.Config(8)))).build()
+    assert problem.describe(problem.build_model())["key_budget"] == 5
+
+
+@pytest.mark.parametrize("selection", ["kl", "gate+ranking"])
+def test_half_precision_trains_and_sums_in_float32(selection: str) -> None:
+    layer = sparse(
+        patterns=HAX_PATTERNS, planes="learned", selection=selection, normalise="l2", learn_scale=True, qk="shared"
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(torch.randn(2, 40, 8))
+    (out.y.float().sum() + out.aux["hash"] + out.aux["selection"]).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    whole = layer.to(torch.bfloat16).eval()(torch.randn(2, 40, 8, dtype=torch.bfloat16))
+    assert whole.y.dtype == torch.bfloat16
+    assert whole.state.query_sum.dtype == torch.float32
+    assert nbytes(whole.state) == layer.config.state_bytes(2, dtype=torch.bfloat16)
+
+
+# HAX over mixers, and presets
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_hax_joins_every_mixer(kind: str) -> None:
+    mixer = LAYERS[kind].Config.tiny()
+    config = HAX.Config.recommended(mixer.d_model, mixer)
+    assert config.arrangement == ("parallel" if isinstance(mixer, BranchedConfig) else "sequence")
+    layer = config.build().double().eval()
+    x = double(2, 12, mixer.d_model)
+    state, folded = layer.init_state(2), []
+    for x_t in x.unbind(1):
+        y_t, state = layer.step(x_t, state)
+        folded.append(y_t)
+    torch.testing.assert_close(torch.stack(folded, 1), layer(x).y, rtol=0, atol=1e-9)
+
+
+def test_the_published_preset_has_the_papers_numbers() -> None:
+    config = HAX.Config.published(64)
+    assert config.patterns == (Lsh(32, n_bits=8, n_rounds=1, rule="sign"), KeySelection(32))
+    assert key_budget(config.union) == 64
+    assert (config.d_key, config.n_heads, config.gate_init, config.init_std) == (32, 1, 1.0, 0.1)
+    assert (config.planes, config.selection, config.selection_target) == ("redrawn", "ranking", "sum")
+    assert config.samples == 32
+    assert (config.qk, config.normalise, config.include_self) == ("separate", None, False)
+    assert config.arrangement == "parallel"
+    assert config.attention.start_scale == 32**-0.5
+    mixer = config.mixer
+    assert isinstance(mixer, Mamba2.Config)
+    assert (mixer.d_state, mixer.d_head, mixer.n_heads, mixer.d_inner) == (32, 16, 8, 128)
+    layer = HAX(config)
+    added = sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in layer.mixer.parameters())
+    assert added == 64 * 128 + 128 + (64 * 64 + 64) * 2 + 65, "one map to q and k, the gate, the scorer, no values"
+    assert HAX.Config.published(64, S5.Config(64, d_state=16), n_keys=8).d_key == 16
+    assert key_budget(HAX.Config.published(64, n_keys=8).patterns) == 8
+
+
+def test_the_recommended_preset_follows_its_mixer_and_its_use() -> None:
+    config = HAX.Config.recommended(64, S5.Config(64), gate_init=0.1)
+    assert (config.arrangement, config.gate_init, config.selection, config.planes) == ("parallel", 0.1, "gate", "fixed")
+    assert key_budget(config.union) == 32
+    assert HAX.Config.recommended(64, Attention.Config(64)).arrangement == "sequence"
+
+
+def test_the_language_preset_has_the_papers_numbers() -> None:
+    config = HAX.Config.published_language(768)
+    lsh, key_selection = config.patterns
+    assert isinstance(lsh, Lsh)
+    assert (lsh.n_keys, lsh.rule, lsh.n_buckets, lsh.n_planes) == (64, "argmax", 128, 128)
+    assert key_selection == KeySelection(64)
+    assert (config.planes, config.selection_target) == ("redrawn", "sum")
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns"),
+    [
+        ("D", (Dilated(64, stride=32),)),
+        ("SW", (Window(64),)),
+        ("SW+D", (Window(32), Dilated(32, stride=64))),
+        ("A", (Window(32), Sink(32))),
+        ("LSH", (Lsh(64, n_bits=8),)),
+        ("KS", (KeySelection(64),)),
+        ("HAX", (Lsh(32, n_bits=8), KeySelection(32))),
+        ("full", (Full(),)),
+    ],
+)
+def test_published_rows_have_their_budgets(name: str, patterns: Any) -> None:
+    assert published_pattern(name) == patterns
+    assert key_budget(patterns) == (None if name == "full" else 64)
+    SparseAttention.Config(8, patterns=published_pattern(name, n_keys=4)).build()
+
+
+def test_a_dilated_row_can_reach_back_over_its_own_task() -> None:
+    assert published_pattern("D", max_length=1058) == (Dilated(64, stride=16),)
+
+
+# Configs
+
+
+PRESETS: dict[str, LayerConfig] = {
+    "published": HAX.Config.published(64),
+    "language": HAX.Config.published_language(64),
+    "recommended": HAX.Config.recommended(64, GRU.Config(64)),
+    "in-sequence": HAX.Config.recommended(64, Attention.Config(64)),
+}
+
+
+@pytest.mark.parametrize(
+    "config", [*HAX.Config.declared().values(), *SparseAttention.Config.declared().values(), *PRESETS.values()]
+)
+def test_configs_read_back(config: LayerConfig) -> None:
+    assert from_dict(LayerConfig, json.loads(dumps(config))) == config
+
+
+def test_options_pass_through_hax_and_can_be_overridden() -> None:
+    config = override(HAX.Config.tiny(), ["selection=gate+kl", "patterns.0.rule=argmax", "planes=learned", "samples=7"])
+    attention = config.attention
+    assert (attention.selection, attention.planes, attention.samples) == ("gate+kl", "learned", 7)
+    assert attention.patterns[0] == Lsh(4, n_bits=2, rule="argmax")
+    assert HAX.Config.tiny().attention.options() == HAX.Config.tiny().options()
+    layer = HAX(config)
+    assert set(layer.train()(torch.randn(1, 20, 8)).aux) == {"hash", "selection"}
+
+
+WINDOW = (Window(4),)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Lsh(4, rule="sing"), r"pattern lsh: rule 'sing' is unknown; did you mean 'sign'\?"),
+        (lambda: Lsh(0), "n_keys must be at least 1"),
+        (lambda: KeySelection(0), "n_keys must be at least 1"),
+        (lambda: sparse(patterns=("lsh",)), "'lsh' is not a pattern; give a spec"),
+        (lambda: sparse(d_key=0), "sparse: d_key must be at least 1"),
+        (lambda: sparse(n_heads=0), "sparse: n_heads must be at least 1"),
+        (lambda: sparse(n_heads=3), "d_model 8 is not divisible by n_heads 3"),
+        (lambda: sparse(qk="share"), r"sparse: qk 'share' is unknown; did you mean 'shared'\?"),
+        (lambda: sparse(normalise="l1"), r"sparse: normalise 'l1' is unknown; did you mean 'l2'\?"),
+        (lambda: sparse(planes="learnt"), r"sparse: planes 'learnt' is unknown; did you mean 'learned'\?"),
+        (lambda: sparse(selection="gates"), r"sparse: selection 'gates' is unknown; did you mean 'gate'\?"),
+        (lambda: sparse(selection_target="max"), "selection_target 'max' is unknown"),
+        (lambda: sparse(scale=0.0), "scale must be positive or null"),
+        (lambda: sparse(init_std=-1.0), "init_std must be positive or null"),
+        (lambda: sparse(samples=0), "samples must be at least 1 or null"),
+        (lambda: sparse(patterns=WINDOW, planes="learned"), "planes=learned needs Lsh"),
+        (lambda: sparse(patterns=WINDOW, planes="redrawn"), "planes=redrawn needs Lsh"),
+        (lambda: sparse(patterns=WINDOW, selection="kl"), "selection=kl needs KeySelection"),
+        (lambda: sparse(patterns=WINDOW, selection="gate"), "selection=gate needs KeySelection"),
+        (lambda: sparse(patterns=WINDOW, selection_target="sum"), "selection_target=sum needs KeySelection"),
+        (lambda: sparse(selection="kl", selection_target="sum"), "selection_target=sum is for selection=ranking"),
+        (lambda: HAX.Config(8, mixer=GRU.Config(8), selection="gat"), r"hax: selection 'gat' .* did you mean 'gate'"),
+        (lambda: HAX.Config(8, mixer=GRU.Config(8), arrangement="before"), "arrangement 'before' is not one of"),
+        (lambda: HAX.Config.published(64, n_keys=7), "n_keys must be even"),
+        (lambda: published_pattern("SWD"), r"unknown published pattern 'SWD'; did you mean 'SW(\+D)?'\?"),
+        (lambda: published_pattern("D", n_keys=64, max_length=32), "max_length 32 must be at least n_keys 64"),
+    ],
+)
+def test_bad_configs_say_in_one_line_what_is_wrong(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_pattern_kind_names_the_nearest() -> None:
+    data = to_dict(HAX.Config.tiny())
+    data["patterns"][0] = {"kind": "lhs", "n_keys": 4}
+    with pytest.raises(ConfigError, match=r"patterns\.0: unknown kind 'lhs'; did you mean 'lsh'\?"):
+        from_dict(LayerConfig, data)
+    data["patterns"][0] = {"kind": "key_selection", "n_keys": 4}
+    with pytest.raises(ConfigError, match=r"did you mean 'key-selection'\?"):
+        from_dict(LayerConfig, data)
+
+
+@pytest.mark.parametrize("path", ["dense", "tiled"])
+def test_a_gated_key_is_one_feature_wider_in_the_op(path: str) -> None:
+    """q . k * scale + bias is the product of (q, 1) and (k, bias / scale): no execution knows of gates."""
+    q, k, v, bias = (
+        double(1, 70, 1, 4),
+        double(1, 70, 1, 4, seed=1),
+        double(1, 70, 1, 3, seed=2),
+        double(1, 70, 1, seed=3),
+    )
+    wide_q, wide_k = torch.cat([q, torch.ones(1, 70, 1, 1)], -1), torch.cat([k, bias[..., None] / 0.5], -1)
+    y, _ = sparse_attention(wide_q, wide_k, v, (Window(9),), scale=0.5, path=path)
+    at = torch.arange(70)
+    inside = (at[:, None] >= at) & (at[:, None] - at < 9)
+    logits = (0.5 * q[0, :, 0] @ k[0, :, 0].mT + bias[0, :, 0]).masked_fill(~inside, -torch.inf)
+    torch.testing.assert_close(y[0, :, 0], logits.softmax(-1) @ v[0, :, 0])
