@@ -341,6 +341,19 @@ def test_processes_say_how_they_ended() -> None:
         assert env["status"] == "measured", "the server outlives its children"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's variables, read from /proc")
+def test_processes_get_the_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recollect.train.runtime import ALLOCATOR_ENV, allocator_env
+
+    for name in ALLOCATOR_ENV:
+        monkeypatch.delenv(name, raising=False)
+    with Worker() as worker:
+        server = worker._start()
+        found = dict(pair.split("=", 1) for pair in Path(f"/proc/{server.pid}/environ").read_text().split("\0") if pair)
+    assert {name: found.get(name) for name in ALLOCATOR_ENV if name in allocator_env({})} == allocator_env({})
+    assert server.poll() is not None, "the server outlives its context"
+
+
 def test_peaks_are_of_the_call_alone() -> None:
     """Neither what came before nor what stays counts; what came and went within does."""
     mib = 2**20

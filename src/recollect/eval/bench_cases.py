@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +36,9 @@ Row = dict[str, Any]
 PACKAGES = ("numba", "transformers", "s5-pytorch")
 """Versions that matter here besides those of every run."""
 
-MEASURED_CODE = ("core", "ops", "layers", "eval/bench_layers.py", "eval/bench_attention.py", "eval/bench_decode.py")
-MEASURED_CODE_TOO = ("eval/bench_measure.py", "eval/bench_peers.py", "eval/bench_rows.py")
+MEASURED_ROOMS = ("core", "ops", "layers")
+MEASURING_FILES = ("layers", "attention", "decode", "measure", "peers", "rows")
+"""Of ``eval``, after ``bench_``. How cases are ordered and drawn changes no number."""
 
 SPARE = 0.9
 """The part of the free memory that a case may be expected to take."""
@@ -235,7 +237,7 @@ def _head(name: str, settings: Mapping[str, Any], device: torch.device) -> dict[
     """Everything but rows: what must be the same for results to stand beside each other, and where they come from."""
     facts = environment(device)
     versions = {**facts["packages"], **{package: package_version(package) for package in PACKAGES}}
-    allocator = {**facts["allocator"], **{k: v for k, v in allocator_env({}).items() if k in ALLOCATOR_ENV}}
+    variables = {**os.environ, **allocator_env(os.environ)}  # as the measuring processes get them
     return {
         "bench": name,
         "schema": SCHEMA,
@@ -245,7 +247,7 @@ def _head(name: str, settings: Mapping[str, Any], device: torch.device) -> dict[
         "environment": {
             **{key: facts[key] for key in ("started", "python", "platform", "device", "cuda")},
             "packages": versions,
-            "allocator": allocator,
+            "allocator": {name: variables.get(name) for name in ALLOCATOR_ENV},
         },
     }
 
@@ -253,13 +255,10 @@ def _head(name: str, settings: Mapping[str, Any], device: torch.device) -> dict[
 def code_digest() -> str:
     """Twelve digits of the source that decides what is measured: the layers, what they stand on, and the cases."""
     root = Path(recollect.__file__).parent
-    paths = [path for part in (*MEASURED_CODE, *MEASURED_CODE_TOO) for path in _python_files(root / part)]
-    text = b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in sorted(paths))
+    paths = [path for room in MEASURED_ROOMS for path in (root / room).rglob("*.py")]
+    paths += [root / "eval" / f"bench_{name}.py" for name in MEASURING_FILES]
+    text = b"".join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in sorted(paths))
     return hashlib.sha256(text).hexdigest()[:12]
-
-
-def _python_files(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.exists() else []
 
 
 def _identity(head: Mapping[str, Any]) -> dict[str, Any]:

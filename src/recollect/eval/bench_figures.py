@@ -126,7 +126,8 @@ def _lines(
     """A line per row name; ``style`` numbers the colours and markers of ours, peers take those of their row."""
     found: dict[str, Line] = {}
     for row in sorted(rows, key=lambda row: row[size]):
-        name, peer = row["row"], bool(row.get("peer_of"))
+        name: str = row["row"]
+        peer = bool(row.get("peer_of"))
         number = style.get(row["peer_of"] if peer else name, len(style))
         line = found.setdefault(
             name,
