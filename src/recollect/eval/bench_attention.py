@@ -78,7 +78,7 @@ def bench_attention(
     if min(heads, d_head, batch, threads) < 1:
         raise ConfigError("bench: heads, d_head, batch and threads must be at least 1")
     on = resolve_device(device)
-    common = {"heads": heads, "d_head": d_head, "batch": batch, "threads": threads, "device": str(on)}
+    common: dict[str, Any] = {"heads": heads, "d_head": d_head, "batch": batch, "threads": threads, "device": str(on)}
     common["seconds"] = seconds
     rows = [*KINDS, *([FULL] if peers else [])]
     call = "recollect.eval.bench_attention:measure"
