@@ -348,7 +348,9 @@ def test_processes_get_the_allocator_settings(monkeypatch: pytest.MonkeyPatch) -
     for name in ALLOCATOR_ENV:
         monkeypatch.delenv(name, raising=False)
     with Worker() as worker:
-        server = worker._start()
+        worker.run("json:loads", {"s": "{}"}, limit_s=30)
+        server = worker._server
+        assert server is not None
         found = dict(pair.split("=", 1) for pair in Path(f"/proc/{server.pid}/environ").read_text().split("\0") if pair)
     assert {name: found.get(name) for name in ALLOCATOR_ENV if name in allocator_env({})} == allocator_env({})
     assert server.poll() is not None, "the server outlives its context"
