@@ -183,18 +183,6 @@ def test_list_recipes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     ]
 
 
-def test_bench_measures_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from recollect.layers import LAYERS
-
-    out = tmp_path / "bench.json"
-    words = ["bench", "layers", "--layers", "gru", "--lengths", "8", "--d-model", "8", "--seconds", "0.01"]
-    assert main([*words, "--out", str(out)]) == 0
-    assert "gru" in capsys.readouterr().out
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["state_bytes"] == LAYERS["gru"].Config(8).state_bytes(seen=8)
-    assert min(row["forward_tokens_per_s"], row["both_tokens_per_s"], row["step_tokens_per_s"]) > 0
-
-
 @pytest.mark.parametrize("extra", ["there", "missing"])
 def test_faceoff_ends_in_a_report(
     extra: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

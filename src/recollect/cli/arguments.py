@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, cast
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
 from recollect.train.run import Group
 
 Overrides: TypeAlias = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")]
 Where: TypeAlias = Annotated[Positional[Path], arg(metavar="DIR")]
 Out: TypeAlias = Annotated[Path | None, arg(metavar="PATH")]
+Folder: TypeAlias = Annotated[Path, arg(metavar="DIR")]
+Names: TypeAlias = Annotated[tuple[str, ...], arg(metavar="NAME[,NAME ...]")]
+Sizes: TypeAlias = Annotated[tuple[str, ...], arg(metavar="N[,N ...]|A..B")]
+OneWay: TypeAlias = FlagCreatePairsOff[bool]
 RecipeName: TypeAlias = Annotated[Positional[str], arg(metavar="RECIPE")]
 
 
@@ -120,29 +124,74 @@ class Report:
 
 @dataclass(frozen=True)
 class Bench:
-    """Arguments of ``recollect bench``."""
+    """Arguments of ``recollect bench``: those of what is measured."""
 
-    what: Annotated[Positional[Literal["layers"]], arg(metavar="layers")]
-    """What to measure."""
-    out: Out = None
-    """Also write the numbers, with commit and device, as JSON."""
-    layers: tuple[str, ...] = ()
-    """Names of `recollect list layers`. Default: all."""
-    lengths: tuple[int, ...] = (256, 1024)
-    """Sequence lengths."""
-    d_model: int = 64
-    """Width of every layer."""
-    batch: int = 4
-    """Sequences side by side."""
-    seconds: float = 1.0
-    """How long to repeat each measurement."""
-    threads: int = 1
+    what: Annotated[Positional[Literal["layers", "attention", "decode"]], arg(metavar="{layers,attention,decode}")]
+    """What to measure; each has options of its own."""
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    out: Folder = Path("runs/bench")
+    """The folder of NAME.json and NAME.png. The same command measures only what is missing there."""
+    seconds: float = 0.5
+    """How long to repeat each measurement; at least three times, but once what takes longer than 10 s."""
+    budget_seconds: float = 60.0
+    """A case that is expected to take longer is skipped, and says so."""
+    fresh: OneWay = False
+    """Forget what the folder holds of this bench and start over."""
+    threads: int = 2
     """CPU threads."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
 
 
-Command: TypeAlias = List | Train | Resume | Eval | Imagine | FaceOff | Report | Bench
+@dataclass(frozen=True)
+class BenchLayers(_Measuring):
+    """Arguments of ``recollect bench layers``."""
+
+    layers: Names = ()
+    """Names of `recollect list layers`, or attention-full. Default: all."""
+    lengths: Sizes = ("256..131072",)
+    """Sequence lengths: numbers, or A..B for doubling from A to B."""
+    d_model: int = 256
+    """Width of every layer."""
+    batch: int = 8
+    """Sequences side by side."""
+    peers: bool = True
+    """Also measure what could be taken instead, at the same widths."""
+
+
+@dataclass(frozen=True)
+class BenchAttention(_Measuring):
+    """Arguments of ``recollect bench attention``."""
+
+    lengths: Sizes = ("256..131072",)
+    """Sequence lengths: numbers, or A..B for doubling from A to B."""
+    heads: int = 4
+    """Heads."""
+    d_head: int = 32
+    """Width of the queries, keys and values of a head."""
+    batch: int = 1
+    """Sequences side by side."""
+    peers: bool = True
+    """Also measure PyTorch's full attention."""
+
+
+@dataclass(frozen=True)
+class BenchDecode(_Measuring):
+    """Arguments of ``recollect bench decode``."""
+
+    layers: Names = ()
+    """Names of `recollect list layers`, or attention-full. Default: all."""
+    seen: Sizes = ("1024", "16384", "131072")
+    """How many tokens came before: numbers, or A..B for doubling from A to B."""
+    d_model: int = 256
+    """Width of every layer."""
+
+
+Measurement: TypeAlias = BenchLayers | BenchAttention | BenchDecode
+Command: TypeAlias = List | Train | Resume | Eval | Imagine | FaceOff | Report | Bench | Measurement
 
 _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
     "list": (
@@ -183,8 +232,31 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
     ),
     "bench": (
         Bench,
-        "Measure speed, memory and state size of the layers on this machine.",
-        "recollect bench layers --lengths 256 1024 4096 --out layers.json",
+        "Measure speed, memory and state on this machine, beside what could be taken instead: of the layers, of sparse "
+        "attention alone, of decoding after a long past. Options: recollect bench WHAT --help.",
+        "recollect bench layers --layers gru,mamba2 --lengths 256..4096\n"
+        "recollect bench attention --help\n"
+        "recollect bench decode --help",
+    ),
+}
+
+_MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
+    "layers": (
+        BenchLayers,
+        "Tokens per second, memory, state, parameters and accuracy of every layer by length, and of its peers.",
+        "recollect bench layers\n"
+        "recollect bench layers --layers mamba2,hax --lengths 256..16384 --d-model 128 --threads 1\n"
+        "recollect bench layers --lengths 1024 --no-peers --budget-seconds 20 --out runs/quick",
+    ),
+    "attention": (
+        BenchAttention,
+        "Time and memory of sparse attention alone, forward and backward, by length, against full attention.",
+        "recollect bench attention\nrecollect bench attention --heads 8 --d-head 64 --lengths 1024..65536 --threads 1",
+    ),
+    "decode": (
+        BenchDecode,
+        "Time of one more token and bytes of state after a short and a long past.",
+        "recollect bench decode\nrecollect bench decode --layers mamba2 hax attention-full --seen 1024..16384",
     ),
 }
 
@@ -199,18 +271,26 @@ def parse(argv: Sequence[str]) -> Command:
         # Taken out first, so that they may stand anywhere: also after options that take several values.
         assignments = tuple(word for word in words if _ASSIGNMENT.match(word))
         words = [word for word in words if not _ASSIGNMENT.match(word)]
+    if chosen == "bench" and words[1:] and words[1] in _MEASUREMENTS:
+        kind, text, examples = _MEASUREMENTS[words[1]]
+        prog = f"recollect bench {words[1]}"
+        return _parsed(cast(Any, kind), prog, text + _indented(examples), words[2:])
     commands = [
         Annotated[kind, subcommand(name, description=text + _indented(examples) if chosen else text)]
         for name, (kind, text, examples) in _DESCRIPTIONS.items()
     ]
-    command: Any = tyro.cli(
+    command = _parsed(
         cast(Any, Union[tuple(commands)]),  # noqa: UP007 the members are known only here
-        prog="recollect",
-        description="Sequence models that remember. Examples: recollect COMMAND --help. Version: recollect --version.",
-        args=words,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        "recollect",
+        "Sequence models that remember. Examples: recollect COMMAND --help. Version: recollect --version.",
+        words,
+        tyro.conf.FlagCreatePairsOff,
     )
     return replace(command, overrides=assignments) if assignments else command
+
+
+def _parsed(kind: Any, prog: str, description: str, words: Sequence[str], *config: Any) -> Any:
+    return tyro.cli(kind, prog=prog, description=description, args=words, config=config)
 
 
 def _indented(examples: str) -> str:

@@ -36,7 +36,11 @@ def execute(command: arguments.Command) -> int:
         case arguments.Report():
             return _report(command.directory, command.publish)
         case arguments.Bench():
-            return _bench(command)
+            raise AssertionError("parsed as what it measures")
+        case arguments.BenchLayers() | arguments.BenchAttention() | arguments.BenchDecode():
+            from recollect.cli.bench import bench
+
+            return bench(command)
 
 
 def _list(command: arguments.List) -> int:
@@ -136,26 +140,6 @@ def _report(directory: Path, project: Path | None = None) -> int:
 
         for path in publish(directory, project):
             print(f"published: {path}")
-    return 0
-
-
-def _bench(command: arguments.Bench) -> int:
-    from recollect.core.files import write_atomically
-    from recollect.eval.bench_layers import bench_layers, table, to_json
-
-    rows = bench_layers(
-        command.layers,
-        lengths=command.lengths,
-        d_model=command.d_model,
-        batch=command.batch,
-        seconds=command.seconds,
-        threads=command.threads,
-        device=command.device,
-    )
-    Console().print(table(rows))
-    if command.out is not None:
-        write_atomically(command.out, to_json(rows, command.device).encode())
-        print(f"wrote {command.out}")
     return 0
 
 

@@ -93,7 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **git_state(Path(__file__).parent),
-        "packages": {p: _version(p) for p in PACKAGES},
+        "packages": {p: package_version(p) for p in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device.type}: {name}",
@@ -131,7 +131,8 @@ def own_command() -> str:
     return os.environ.get(SWEEP_COMMAND, typed)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version of a distribution; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
