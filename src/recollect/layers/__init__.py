@@ -6,12 +6,14 @@ from recollect.core.layer import SequenceLayer
 from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
+from recollect.layers.lstm import LSTM
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
 
 LAYERS: dict[str, type[SequenceLayer]] = {
     "gru": GRU,
+    "lstm": LSTM,
     "attention": Attention,
     "s5": S5,
     "mamba2": Mamba2,

@@ -86,7 +86,9 @@ def diagonal_ssm(
             y_BLD, h_BR = _Fused.apply(u, a, inward, outward, skip, h_init, fresh, reset)  # pyright: ignore[reportGeneralTypeIssues]
         else:
             drive_BLR = F.linear(u, inward)
-            h_BLN, h_BN = scan(_pairs(a.flatten()), _pairs(drive_BLR), _pairs(h_init), reset=reset, h_reset=_pairs(fresh))
+            h_BLN, h_BN = scan(
+                _pairs(a.flatten()), _pairs(drive_BLR), _pairs(h_init), reset=reset, h_reset=_pairs(fresh)
+            )
             y_BLD = torch.addcmul(F.linear(_side_by_side(h_BLN), outward), u, skip)
             h_BR = _side_by_side(h_BN)
     return y_BLD.to(u_BLD.dtype), h_BR
