@@ -69,9 +69,9 @@ class LSTM(BranchedLayer):
     def forward(
         self, x: Tensor, state: LSTMState | None = None, *, reset: Tensor | None = None, branch: Branch | None = None
     ) -> LayerOut:
-        state = self.state_like(x) if state is None else state
+        start: LSTMState = self.state_like(x) if state is None else state
         u_BLE: Tensor = self.in_proj(x)
-        h_BLE, *last = lstm(u_BLE, self._weights(), state.h, state.c, reset=reset)
+        h_BLE, *last = lstm(u_BLE, self._weights(), *start, reset=reset)
         y_BLE = h_BLE if branch is None else h_BLE + branch(u_BLE)
         return LayerOut(self.out_proj(y_BLE), LSTMState(*last), {})
 

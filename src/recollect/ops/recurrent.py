@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from recollect.ops import dispatch
 from recollect.ops.scan import accumulator_dtype
 
-
 FEW_CUTS = 128
 """An LSTM with at most one reset position in so many is run by PyTorch's kernel, piece by piece."""
 

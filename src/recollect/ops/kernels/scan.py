@@ -8,6 +8,8 @@ would cost a check for overlap and a wait for the store at every position, four 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def _flags(reset: Tensor | None, h: Tensor) -> Tensor:
     return h.new_empty((h.shape[0], 0), dtype=torch.uint8) if reset is None else reset.view(torch.uint8)
 
 
-def _plan(kernels: dict[str, object], h: Tensor, split: bool) -> tuple[object, int, int]:
+def _plan(kernels: dict[str, Callable[..., None]], h: Tensor, split: bool) -> tuple[Callable[..., None], int, int]:
     """The kernel of the layout, channels per block, and blocks: more than one only where rows leave threads idle."""
     layout = "real" if h.dim() == 3 else "split" if split else "interleaved"
     channels = h.shape[2] if layout == "interleaved" else h.shape[-1]
@@ -315,12 +317,12 @@ def _interleaved_backward(
         grad_init[row, low:high] = carry[:n]
 
 
-_FORWARD: dict[str, object] = {
+_FORWARD: dict[str, Callable[..., None]] = {
     "real": _real_forward,
     "split": _split_forward,
     "interleaved": _interleaved_forward,
 }
-_BACKWARD: dict[str, object] = {
+_BACKWARD: dict[str, Callable[..., None]] = {
     "real": _real_backward,
     "split": _split_backward,
     "interleaved": _interleaved_backward,
