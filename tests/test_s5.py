@@ -13,7 +13,7 @@ from torch import Tensor
 from recollect.core.errors import ConfigError
 from recollect.layers.s5 import S5, S5State, hippo_normal
 from recollect.ops import dispatch
-from recollect.ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_reference
+from recollect.ops.mimo_ssm import mimo_ssm, mimo_ssm_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -113,11 +113,11 @@ def run(op: Callable[..., tuple[Tensor, Tensor]], given: dict[str, Tensor]) -> d
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
-def test_diagonal_ssm_equals_reference(length: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mimo_ssm_equals_reference(length: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "KERNELS", kernels)
     given = inputs(length)
     for case in (given, {k: v for k, v in given.items() if "reset" not in k}, given | {"reset": ~given["reset"]}):
-        actual, expected = run(diagonal_ssm, case), run(diagonal_ssm_reference, case)
+        actual, expected = run(mimo_ssm, case), run(mimo_ssm_reference, case)
         for name, value in expected.items():
             torch.testing.assert_close(
                 actual[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"

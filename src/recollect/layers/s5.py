@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recollect.core.errors import ConfigError
 from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
 from recollect.core.state import where_reset
-from recollect.ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
+from recollect.ops.mimo_ssm import mimo_ssm, mimo_ssm_step
 from recollect.ops.scan import accumulator_dtype
 
 Discretisation = Literal["zoh", "bilinear"]
@@ -110,7 +110,7 @@ class S5(BranchedLayer):
         self, x: Tensor, state: S5State | None = None, *, reset: Tensor | None = None, branch: Branch | None = None
     ) -> LayerOut:
         start: Tensor = (self.state_like(x) if state is None else state).h
-        y, h_BN = diagonal_ssm(x, *self._discretise(start.dtype), self.D, start, reset=reset, h_reset=self.h_init)
+        y, h_BN = mimo_ssm(x, *self._discretise(start.dtype), self.D, start, reset=reset, h_reset=self.h_init)
         return LayerOut(self._emit(y, x, branch), S5State(h_BN), {})
 
     def step(
@@ -118,7 +118,7 @@ class S5(BranchedLayer):
     ) -> tuple[Tensor, S5State]:
         if reset is not None:
             state = where_reset(reset, self.state_like(x), state)
-        y, h_BN = diagonal_ssm_step(x, *self._discretise(state.h.dtype), self.D, state.h)
+        y, h_BN = mimo_ssm_step(x, *self._discretise(state.h.dtype), self.D, state.h)
         return self._emit(y, x, branch), S5State(h_BN)
 
     def _discretise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,10 +19,10 @@ from recollect.ops import dispatch
 from recollect.ops.scan import accumulator_dtype, scan
 
 
-def diagonal_ssm_step(
+def mimo_ssm_step(
     u_BD: Tensor, a_2N: Tensor, inward_RD: Tensor, outward_DR: Tensor, skip_D: Tensor, h_BR: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One position of ``diagonal_ssm``: y (B, D) and the next state (B, 2N). O(B D N)."""
+    """One position of ``mimo_ssm``: y (B, D) and the next state (B, 2N). O(B D N)."""
     dtype = h_BR.dtype
     with torch.autocast(u_BD.device.type, enabled=False):
         u, skip = u_BD.to(dtype), skip_D.to(dtype)
@@ -33,7 +33,7 @@ def diagonal_ssm_step(
     return y_BD.to(u_BD.dtype), h_BR
 
 
-def diagonal_ssm_reference(
+def mimo_ssm_reference(
     u_BLD: Tensor,
     a_2N: Tensor,
     inward_RD: Tensor,
@@ -44,7 +44,7 @@ def diagonal_ssm_reference(
     reset: Tensor | None = None,
     h_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``diagonal_ssm`` one position after the other, as the equation is written."""
+    """``mimo_ssm`` one position after the other, as the equation is written."""
     h_BR = h_init.to(accumulator_dtype(u_BLD.dtype))
     fresh_BR = torch.zeros_like(h_BR) if h_reset is None else h_reset.to(h_BR.dtype).expand_as(h_BR)
     resets = (None,) * u_BLD.shape[1] if reset is None else reset.unbind(1)
@@ -52,12 +52,12 @@ def diagonal_ssm_reference(
     for u_BD, reset_B in zip(u_BLD.unbind(1), resets, strict=True):
         if reset_B is not None:
             h_BR = torch.where(reset_B.unsqueeze(-1), fresh_BR, h_BR)
-        y_BD, h_BR = diagonal_ssm_step(u_BD, a_2N, inward_RD, outward_DR, skip_D, h_BR)
+        y_BD, h_BR = mimo_ssm_step(u_BD, a_2N, inward_RD, outward_DR, skip_D, h_BR)
         outputs.append(y_BD)
     return torch.stack(outputs, 1), h_BR
 
 
-def diagonal_ssm(
+def mimo_ssm(
     u_BLD: Tensor,
     a_2N: Tensor,
     inward_RD: Tensor,
