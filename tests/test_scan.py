@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from recollect.ops import dispatch
 from recollect.ops.scan import combine, elements, scan, scan_reference
 
 BATCH, WIDTH = 2, 3
@@ -58,10 +59,13 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert error <= tolerance, f"{name}: relative error {error}"
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 8, 64])
+@pytest.mark.parametrize(("kernels", "chunk_size"), [("auto", None), ("torch", None), ("torch", 8), ("torch", 64)])
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_scan_equals_reference(length: int, constant: bool, chunk_size: int | None) -> None:
+def test_scan_equals_reference(
+    length: int, constant: bool, kernels: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "KERNELS", kernels)
     for dtype in (torch.float64, torch.complex128):
         given = inputs(length, constant=constant, dtype=dtype)
         without = {k: v for k, v in given.items() if k in ("a", "b", "h_init")}
@@ -80,6 +84,23 @@ def test_scan_in_single_precision(constant: bool, chunk_size: int | None) -> Non
     given = inputs(1000, constant=constant)
     single = {k: v if v.dtype == torch.bool else v.to(torch.complex64) for k, v in given.items()}
     assert_near(run(scan, single, chunk_size=chunk_size), run(scan_reference, given), FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_any_number_of_threads_gives_the_same_bits(batch: int, dtype: torch.dtype) -> None:
+    """One row is split into blocks of channels: 37 are two vectors and a rest."""
+    a, h_init = 0.9 * torch.rand(37).to(dtype), torch.randn(batch, 37, dtype=dtype)
+    b, reset = torch.randn(batch, 50, 37, dtype=dtype), torch.rand(batch, 50) < 0.1
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(run(scan, {"a": a, "b": b, "h_init": h_init, "reset": reset}))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], value) for name, value in other.items())
 
 
 def test_half_precision_is_summed_in_single() -> None:
@@ -112,6 +133,29 @@ def test_nothing_reaches_back_in_time_or_across_a_reset(chunk_size: int | None) 
 
 numbers = st.complex_numbers(max_magnitude=2, allow_nan=False, allow_infinity=False)
 positions = st.tuples(numbers, numbers, st.booleans())
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(positions, min_size=1, max_size=9), numbers, numbers, st.data())
+def test_any_bracketing_equals_the_equation_with_resets_to_learned_states(
+    sequence: list[tuple[complex, complex, bool]], h_reset: complex, h: complex, data: st.DataObject
+) -> None:
+    """A parallel scan may bracket as it likes; every position may be reset, to a state of its row's own."""
+    length = len(sequence)
+    a = torch.tensor([[[a] for a, _, _ in sequence]], dtype=torch.complex128)
+    b = torch.tensor([[[b] for _, b, _ in sequence]], dtype=torch.complex128)
+    reset = torch.tensor([[r for _, _, r in sequence]])
+    fresh, start = (torch.tensor([[value]], dtype=torch.complex128) for value in (h_reset, h))
+    a_all, b_all = elements(a, b, reset, fresh)
+    parts = list(zip(a_all.unbind(1), b_all.unbind(1), strict=True))
+    while len(parts) > 1:
+        at = data.draw(st.integers(0, len(parts) - 2))
+        parts[at : at + 2] = [combine(parts[at], parts[at + 1])]
+    _, expected = scan_reference(a, b, start, reset=reset, h_reset=fresh)
+    _, compiled = scan(a, b, start, reset=reset, h_reset=fresh)
+    bound = 1e-12 * 4.0**length
+    torch.testing.assert_close(parts[0][0] * start + parts[0][1], expected, rtol=1e-12, atol=bound)
+    torch.testing.assert_close(compiled, expected, rtol=1e-12, atol=bound)
 
 
 @settings(deadline=None, max_examples=200)

@@ -7,6 +7,7 @@ from recollect.layers.attention import Attention
 from recollect.layers.gated_deltanet import GatedDeltaNet
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
+from recollect.layers.lstm import LSTM
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.mlp import Mlp
 from recollect.layers.mlstm import MLSTM
@@ -16,6 +17,7 @@ from recollect.layers.transformer_xl import TransformerXL
 
 LAYERS: dict[str, type[SequenceLayer]] = {
     "gru": GRU,
+    "lstm": LSTM,
     "attention": Attention,
     "transformer_xl": TransformerXL,
     "s5": S5,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
 from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
 from recollect.core.state import where_reset
+from recollect.ops.recurrent import CellWeights, gru, gru_step
 
 
 class GRUState(NamedTuple):
@@ -67,19 +67,9 @@ class GRU(BranchedLayer):
     def forward(
         self, x: Tensor, state: GRUState | None = None, *, reset: Tensor | None = None, branch: Branch | None = None
     ) -> LayerOut:
-        """The fused kernel where no row is reset after its first position, a loop over positions otherwise."""
         h_BE: Tensor = (self.state_like(x) if state is None else state).h
         u_BLE: Tensor = self.in_proj(x)
-        if reset is not None and bool(reset[:, 1:].any()):
-            gates_BLF, steps = self._input_gates(u_BLE), []
-            for gates_BF, reset_B in zip(gates_BLF.unbind(1), reset.unbind(1), strict=True):
-                h_BE = self._cell(gates_BF, h_BE.masked_fill(reset_B.unsqueeze(-1), 0))
-                steps.append(h_BE)
-            h_BLE = torch.stack(steps, 1)
-        else:
-            h_BE = h_BE if reset is None else h_BE.masked_fill(reset[:, :1], 0)
-            h_BLE, last_1BE = self.gru(u_BLE, h_BE.unsqueeze(0).contiguous())
-            h_BE = last_1BE[0]
+        h_BLE, h_BE = gru(u_BLE, self._weights(), h_BE, reset=reset)
         y_BLE = h_BLE if branch is None else h_BLE + branch(u_BLE)
         return LayerOut(self.out_proj(y_BLE), GRUState(h_BE), {})
 
@@ -89,16 +79,10 @@ class GRU(BranchedLayer):
         if reset is not None:
             state = where_reset(reset, self.state_like(x), state)
         u_BE: Tensor = self.in_proj(x)
-        h_BE = self._cell(self._input_gates(u_BE), state.h)
+        h_BE = gru_step(u_BE, self._weights(), state.h)
         y_BE = h_BE if branch is None else h_BE + branch(u_BE)
         return self.out_proj(y_BE), GRUState(h_BE)
 
-    def _input_gates(self, u: Tensor) -> Tensor:
-        return F.linear(u, self.gru.get_parameter("weight_ih_l0"), self.gru.get_parameter("bias_ih_l0"))
-
-    def _cell(self, gates: Tensor, h: Tensor) -> Tensor:
-        input_r, input_z, input_n = gates.chunk(3, -1)
-        recurrent = F.linear(h, self.gru.get_parameter("weight_hh_l0"), self.gru.get_parameter("bias_hh_l0"))
-        recurrent_r, recurrent_z, recurrent_n = recurrent.chunk(3, -1)
-        n = torch.tanh(input_n + torch.sigmoid(input_r + recurrent_r) * recurrent_n)
-        return n + torch.sigmoid(input_z + recurrent_z) * (h - n)
+    def _weights(self) -> CellWeights:
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        return CellWeights(*(self.gru.get_parameter(name) for name in names))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from recollect.core.errors import ConfigError
 from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
 from recollect.core.state import where_reset
-from recollect.ops.scan import accumulator_dtype, scan
+from recollect.ops.mimo_ssm import mimo_ssm, mimo_ssm_step
+from recollect.ops.scan import accumulator_dtype
+
+Discretisation = Literal["zoh", "bilinear"]
 
 
 class S5State(NamedTuple):
-    """The complex state, one of every conjugate pair, as real and imaginary parts: (B, N/2, 2)."""
+    """The complex state, one of every conjugate pair: all real parts, then all imaginary parts, (B, N)."""
 
     h: Tensor
 
 
 class S5(BranchedLayer):
-    """h' = A h + B u, y = 2 Re(C h) + D u, then GELU and a gated linear unit; A diagonal, zero-order hold.
+    """h' = A h + B u, y = 2 Re(C h) + D u, then GELU and a gated linear unit; A diagonal.
 
     A starts as the normal part of HiPPO-LegS in ``n_blocks`` diagonal blocks. Its real part is -exp(log_A_real), so the
     layer cannot become unstable. States come in conjugate pairs, of which one is stored. O(L D N) time; N reals of
@@ -35,6 +38,7 @@ class S5(BranchedLayer):
     class Config(BranchedConfig, kind="s5"):
         """``d_state`` counts both of every conjugate pair. Step sizes start log-uniform in [dt_min, dt_max].
 
+        ``discretisation``: ``zoh`` holds the input between samples, exp(dt A); ``bilinear`` is the trapezoidal rule.
         With ``learned_init`` the initial state, which is also what a reset returns to, is a parameter; else it is zero.
         """
 
@@ -42,6 +46,7 @@ class S5(BranchedLayer):
         n_blocks: int = 1
         dt_min: float = 1e-3
         dt_max: float = 0.1
+        discretisation: Discretisation = "zoh"
         learned_init: bool = False
 
         def __post_init__(self) -> None:
@@ -52,6 +57,8 @@ class S5(BranchedLayer):
                 )
             if not 0 < self.dt_min <= self.dt_max:
                 raise ConfigError(f"s5: need 0 < dt_min <= dt_max, got dt_min={self.dt_min}, dt_max={self.dt_max}")
+            if self.discretisation not in get_args(Discretisation):
+                raise ConfigError(f"s5: discretisation must be 'zoh' or 'bilinear', got '{self.discretisation}'")
 
         @classmethod
         def tiny(cls) -> Self:
@@ -63,6 +70,7 @@ class S5(BranchedLayer):
                 "tiny": cls.tiny(),
                 "blocks": cls(d_model=6, d_state=12, n_blocks=3, dt_max=1.0),
                 "learned_init": cls(d_model=4, d_state=8, n_blocks=2, learned_init=True),
+                "bilinear": cls(d_model=6, d_state=4, discretisation="bilinear", learned_init=True),
             }
 
         def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:  # noqa: ARG002
@@ -71,6 +79,7 @@ class S5(BranchedLayer):
     def __init__(self, config: S5.Config) -> None:
         super().__init__()
         self.d_inner = config.d_model
+        self.discretisation: Discretisation = config.discretisation
         pairs, d_model = config.d_state // 2, config.d_model
         eigenvalues, vectors = hippo_normal(config.d_state // config.n_blocks)
         vectors_NM = torch.block_diag(*[vectors] * config.n_blocks)
@@ -84,7 +93,7 @@ class S5(BranchedLayer):
         self.C = nn.Parameter(torch.view_as_real(C_DN.real.to(vectors_NM.dtype) @ vectors_NM).to(default))
         self.D = nn.Parameter(torch.randn(d_model))
         self.log_dt = nn.Parameter(low + (high - low) * torch.rand(pairs))
-        self.h_init = nn.Parameter(torch.zeros(pairs, 2)) if config.learned_init else None
+        self.h_init = nn.Parameter(torch.zeros(config.d_state)) if config.learned_init else None
         self.out_proj = nn.Linear(d_model, 2 * d_model)
 
     def init_state(
@@ -94,44 +103,60 @@ class S5(BranchedLayer):
         like = self.log_dt if self.h_init is None else self.h_init
         dtype, device = accumulator_dtype(dtype or like.dtype), device or like.device
         if self.h_init is None:
-            return S5State(torch.zeros(batch, like.shape[0], 2, device=device, dtype=dtype))
-        return S5State(self.h_init.to(device=device, dtype=dtype).repeat(batch, 1, 1))
+            return S5State(torch.zeros(batch, 2 * self.log_dt.shape[0], device=device, dtype=dtype))
+        return S5State(self.h_init.to(device=device, dtype=dtype).repeat(batch, 1))
 
     def forward(
         self, x: Tensor, state: S5State | None = None, *, reset: Tensor | None = None, branch: Branch | None = None
     ) -> LayerOut:
         start: Tensor = (self.state_like(x) if state is None else state).h
-        decay_N, inward, outward = self._discretise(start.dtype)
-        drive_BLN = torch.view_as_complex(F.linear(x, inward.to(x.dtype)).to(start.dtype).unflatten(-1, (-1, 2)))
-        fresh = None if self.h_init is None else torch.view_as_complex(self.h_init.to(start.dtype))
-        h_BLN, h_BN = scan(decay_N, drive_BLN, torch.view_as_complex(start), reset=reset, h_reset=fresh)
-        y = self._emit(torch.view_as_real(h_BLN), x, outward, branch)
-        return LayerOut(y, S5State(torch.view_as_real(h_BN)), {})
+        y, h_BN = mimo_ssm(x, *self._discretise(start.dtype), self.D, start, reset=reset, h_reset=self.h_init)
+        return LayerOut(self._emit(y, x, branch), S5State(h_BN), {})
 
     def step(
         self, x: Tensor, state: S5State, *, reset: Tensor | None = None, branch: Branch | None = None
     ) -> tuple[Tensor, S5State]:
         if reset is not None:
             state = where_reset(reset, self.state_like(x), state)
-        decay_N, inward, outward = self._discretise(state.h.dtype)
-        drive_BN = torch.view_as_complex(F.linear(x, inward.to(x.dtype)).to(state.h.dtype).unflatten(-1, (-1, 2)))
-        h = torch.view_as_real(decay_N * torch.view_as_complex(state.h) + drive_BN)
-        return self._emit(h, x, outward, branch), S5State(h)
+        y, h_BN = mimo_ssm_step(x, *self._discretise(state.h.dtype), self.D, state.h)
+        return self._emit(y, x, branch), S5State(h_BN)
 
     def _discretise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """exp(dt A) (N/2,), and (exp(dt A) - 1) / A * B and 2 C as real matrices (N, D) and (D, N)."""
-        A_N = torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
-        decay_N = torch.exp(A_N * torch.exp(self.log_dt.to(dtype)))
-        B_ND = torch.view_as_complex(self.B.to(dtype))
-        inward_NrD = torch.view_as_real(((decay_N - 1) / A_N).unsqueeze(-1) * B_ND).transpose(1, 2)
-        outward_DNr = 2 * self.C.to(dtype) * self.C.new_tensor([1, -1]).to(dtype)
-        return decay_N, inward_NrD.flatten(0, 1), outward_DNr.flatten(1)
+        """Decay (2, N/2), input matrix (N, D) and output matrix (D, N), real and imaginary parts side by side.
 
-    def _emit(self, h: Tensor, x: Tensor, outward: Tensor, branch: Branch | None) -> Tensor:
-        y = F.linear(h.flatten(-2), outward).to(x.dtype) + self.D * x
+        S5, section 3.2 and equation 6. With z = dt A, zero-order hold: decay e^z, input (e^z - 1) / A * B. Bilinear:
+        decay (1 + z/2) / (1 - z/2), input dt / (1 - z/2) * B. Output: 2 Re(C h) = 2 (Re C Re h - Im C Im h).
+        """
+        dt_N = torch.exp(self.log_dt.to(dtype))
+        A_re, A_im = -torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype)
+        re, im = A_re * dt_N, A_im * dt_N
+        if self.discretisation == "zoh":
+            size, size_less_1, cos, sin = torch.exp(re), torch.expm1(re), torch.cos(im), torch.sin(im)
+            decay = (size * cos, size * sin)
+            # e^z - 1 without cancellation where z is small, as it is for the slowest states.
+            grown = (size_less_1 * cos - 2 * torch.sin(im / 2) ** 2, decay[1])
+            gain_re, gain_im = _quotient(grown, (A_re, A_im))
+        else:
+            below = (1 - re / 2, -im / 2)
+            decay = _quotient((1 + re / 2, im / 2), below)
+            gain_re, gain_im = _quotient((dt_N, torch.zeros_like(dt_N)), below)
+        B_re, B_im = self.B.to(dtype).unbind(-1)
+        gain_re, gain_im = gain_re.unsqueeze(-1), gain_im.unsqueeze(-1)
+        inward = torch.cat([gain_re * B_re - gain_im * B_im, gain_re * B_im + gain_im * B_re])
+        C_re, C_im = self.C.to(dtype).unbind(-1)
+        return torch.stack(decay), inward, torch.cat([2 * C_re, -2 * C_im], -1)
+
+    def _emit(self, y: Tensor, x: Tensor, branch: Branch | None) -> Tensor:
         if branch is not None:
             y = y + branch(x)
         return F.glu(self.out_proj(F.gelu(y)), -1)
+
+
+def _quotient(over: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of ``over`` / ``below``."""
+    (a, b), (c, d) = over, below
+    square = c * c + d * d
+    return (a * c + b * d) / square, (b * c - a * d) / square
 
 
 def hippo_normal(size: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recollect.ops import dispatch
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype recurrent states are summed in: at least float32 (complex64), whatever the compute dtype."""
@@ -82,19 +84,60 @@ def scan(
     h_last (B, N).
 
     Time O(B L N), memory O(B L N): the states are all that is kept for backward, which is the same recurrence run
-    backward in time. ``chunk_size`` sets how many positions run one after the other: chunks are taken side by side,
-    then joined by their carries. None means L on a CPU, where the plain loop moves the least memory, and about sqrt(L)
-    elsewhere, where the number of kernels counts. First derivatives only.
+    backward in time. On a CPU compiled loops over time, which read resets as they go. Elsewhere, or with
+    ``chunk_size``, PyTorch's operations: ``chunk_size`` positions run one after the other, chunks are taken side by
+    side, then joined by their carries. None means L on a CPU, where the plain loop moves the least memory, and about
+    sqrt(L) elsewhere, where the number of kernels counts. First derivatives only.
     """
     dtype = accumulator_dtype(torch.promote_types(a.dtype, b.dtype))
-    a, b = a.to(dtype), b.to(dtype)
-    h_init = b.new_zeros(b.shape[0], b.shape[2]) if h_init is None else h_init.to(dtype)
-    a, b = elements(a, b, reset, None if h_reset is None else h_reset.to(dtype))
+    a, b = a.to(dtype).resolve_conj(), b.to(dtype).resolve_conj()
+    h_init = b.new_zeros(b.shape[0], b.shape[2]) if h_init is None else h_init.to(dtype).resolve_conj()
+    h_reset = None if h_reset is None else h_reset.to(dtype).resolve_conj()
+    if chunk_size is None and dispatch.explain_kernels(as_real(a), as_real(b)).path == "numba":
+        fresh = b.new_zeros(b.shape[2]) if h_reset is None else h_reset
+        compiled: Tensor = _CompiledScan.apply(a, b, h_init, fresh, reset)  # pyright: ignore[reportAssignmentType]
+        return compiled, compiled[:, -1]
+    a, b = elements(a, b, reset, h_reset)
     length = b.shape[1]
     if chunk_size is None:
         chunk_size = length if b.device.type == "cpu" else 1 << ((length - 1).bit_length() + 1) // 2
     h_BLN: Tensor = _Scan.apply(a, b, h_init, chunk_size)  # pyright: ignore[reportAssignmentType]
     return h_BLN, h_BLN[:, -1]
+
+
+def as_real(t: Tensor) -> Tensor:
+    """A real view: (..., 2) of a complex tensor, a real one itself."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+class _CompiledScan(torch.autograd.Function):
+    """The scan and its adjoint as compiled loops; ``fresh`` (N,) or (B, N) is the state after a reset."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, h_init: Tensor, fresh: Tensor, reset: Tensor | None) -> Tensor:
+        h = b.clone(memory_format=torch.contiguous_format)
+        module = dispatch.kernels("scan", as_real(h))
+        assert module is not None
+        module.scan_forward(as_real(a), as_real(h), as_real(h_init.contiguous()), reset, as_real(fresh), split=False)
+        ctx.save_for_backward(a, h, h_init, fresh, reset)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        a, h, h_init, fresh, reset = ctx.saved_tensors
+        g = grad_outputs[0].resolve_conj().clone(memory_format=torch.contiguous_format)
+        module = dispatch.kernels("scan", as_real(h))
+        assert module is not None
+        grads: Sequence[Tensor] = module.scan_backward(
+            as_real(a), as_real(h), as_real(h_init.contiguous()), reset, as_real(fresh), as_real(g), split=False
+        )
+        if h.is_complex():
+            grads = [torch.view_as_complex(grad) for grad in grads]
+        grad_a, grad_init, grad_fresh = grads
+        return grad_a, g, grad_init, grad_fresh if fresh.dim() == 2 else grad_fresh.sum(0), None
 
 
 class _Scan(torch.autograd.Function):
