@@ -270,7 +270,7 @@ def test_nearby_vectors_share_buckets_as_often_as_theory_says() -> None:
 
 
 def test_dispatch_says_what_it_picks_and_why() -> None:
-    assert dispatch.explain_sparse_attention(1, 9000, (Window(4),)).path == "dense"
+    assert dispatch.explain_sparse_attention(1, 9000, (Window(4),)).path == "decode"
     assert dispatch.explain_sparse_attention(100, 0, (Window(4),)).path == "dense"
     choice = dispatch.explain_sparse_attention(100_000, 0, (Window(4),))
     assert choice.path == "tiled"
