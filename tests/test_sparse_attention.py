@@ -50,6 +50,12 @@ UNIONS: dict[str, tuple[Pattern, ...]] = {
     "full-and-window": (Full(), Window(3)),
 }
 LENGTHS = (1, 63, 64, 65)
+CASES = [
+    (name, path)
+    for name, union in UNIONS.items()
+    for path in ("dense", "tiled", "streaming")
+    if path != "streaming" or find(union, Full) is None
+]
 
 
 class Inputs(NamedTuple):
@@ -98,22 +104,25 @@ def assert_equals_reference(union: tuple[Pattern, ...], x: Inputs, path: str) ->
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("path", ["dense", "tiled"])
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", UNIONS)
+@pytest.mark.parametrize(("name", "path"), CASES)
 def test_values_and_gradients_equal_the_reference(name: str, length: int, path: str) -> None:
     assert_equals_reference(UNIONS[name], draw(UNIONS[name], length), path)
 
 
+@pytest.mark.parametrize("setting", ["auto", "torch"])
 @pytest.mark.parametrize("length", [128, 1000])
 @pytest.mark.parametrize("name", UNIONS)
-def test_one_long_row_equals_the_reference(name: str, length: int) -> None:
+def test_one_long_row_equals_the_reference(
+    name: str, length: int, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A batch of one keeps other strides, and 128 is a whole number of chunks."""
-    assert_equals_reference(UNIONS[name], draw(UNIONS[name], length, batch=1), "tiled")
+    monkeypatch.setattr(dispatch, "KERNELS", setting)
+    monkeypatch.setattr(dispatch, "DENSE_SOURCES", 0)
+    assert_equals_reference(UNIONS[name], draw(UNIONS[name], length, batch=1), "auto")
 
 
-@pytest.mark.parametrize("path", ["dense", "tiled"])
-@pytest.mark.parametrize("name", UNIONS)
+@pytest.mark.parametrize(("name", "path"), CASES)
 def test_key_sets_equal_the_reference(name: str, path: str) -> None:
     """Values that are unit vectors reveal which keys got weight, whatever code chose them."""
     length = 130
@@ -127,9 +136,8 @@ def test_key_sets_equal_the_reference(name: str, path: str) -> None:
         assert int(sets.sum(-1).max()) <= budget
 
 
-@pytest.mark.parametrize("path", ["dense", "tiled"])
 @pytest.mark.parametrize("split", [1, 63, 64, 65, 97])
-@pytest.mark.parametrize("name", UNIONS)
+@pytest.mark.parametrize(("name", "path"), CASES)
 def test_memory_carries_everything_that_later_queries_may_need(name: str, split: int, path: str) -> None:
     length = 140
     union, x = UNIONS[name], draw(UNIONS[name], length, seed=5)
@@ -153,7 +161,7 @@ def test_a_query_without_keys_gives_zero_and_passes_no_gradient() -> None:
     union = (Dilated(2, stride=8),)
     x = draw(union, 20)
     x = x._replace(reset=torch.zeros_like(x.reset))
-    for path in ("dense", "tiled"):
+    for path in ("dense", "tiled", "streaming"):
         y, _ = sparse_attention(x.q, x.k, x.v, union, path=path, **x.part(0, 20))
         assert (y[:, :7] == 0).all()
         assert (y[:, 7:] != 0).any()
@@ -203,7 +211,7 @@ def test_float32_stays_near_float64() -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("path", ["dense", "tiled"])
+@pytest.mark.parametrize("path", ["dense", "tiled", "streaming"])
 def test_half_precision_keeps_its_type_and_sums_in_float32(path: str) -> None:
     union, x = UNIONS["everything"], draw(UNIONS["everything"], 200)
     part = x.part(0, 200)
@@ -269,10 +277,16 @@ def test_nearby_vectors_share_buckets_as_often_as_theory_says() -> None:
     assert abs(same.double().mean().item() - (1 - angle / torch.pi) ** n_bits) < 0.01
 
 
-def test_dispatch_says_what_it_picks_and_why() -> None:
-    assert dispatch.explain_sparse_attention(1, 9000, (Window(4),)).path == "decode"
-    assert dispatch.explain_sparse_attention(100, 0, (Window(4),)).path == "dense"
-    choice = dispatch.explain_sparse_attention(100_000, 0, (Window(4),))
+def test_dispatch_says_what_it_picks_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    explain = dispatch.explain_sparse_attention
+    assert explain(1, 9000, (Window(4),)).path == "decode"
+    assert explain(100_000, 0, (Window(4),)).path == "streaming"
+    assert explain(100_000, 0, (Full(),), fresh=True).path == "sdpa"
+    assert explain(100_000, 0, (Full(),)).path == "tiled"
+    assert "meta" in explain(100_000, 0, (Window(4),), "meta").why
+    monkeypatch.setattr(dispatch, "KERNELS", "torch")
+    assert explain(100, 0, (Window(4),)).path == "dense"
+    choice = explain(100_000, 0, (Window(4),))
     assert choice.path == "tiled"
     assert "4 keys per query" in choice.why
 

@@ -87,6 +87,8 @@ def decode(
     kept: list[Tensor] = []
     for old, new in ((memory.k, k_BLHN), (memory.v, v_BLHP)):
         dtype = torch.promote_types(old.dtype, new.dtype)
+        if old.requires_grad:  # empty slots are constants
+            old = old.masked_fill((memory.position < 0)[..., None], 0)
         flat, width = old.to(dtype).reshape(rows * n_memory, -1), old.shape[-1]
         came = new[:, 0].to(dtype).reshape(rows, 1, width).expand(-1, slots.shape[1], -1)
         values = torch.where(is_new[..., None], came, flat.index_select(0, taken).view_as(came))

@@ -138,21 +138,25 @@ def _pack(held_BHMN: Tensor, new_BLHN: Tensor) -> Tensor:
 def _taken(rows: Tensor, table_RM: Tensor, like_BLHN: Tensor) -> Tensor:
     """The rows that the outgoing slots hold, (B, H, M, N); zeros in empty slots."""
     batch, _, heads, width = like_BLHN.shape
-    padded = -(-width // LANES) * LANES
-    flat = rows.view(-1, padded)
-    first = torch.arange(table_RM.shape[0])[:, None] * (flat.shape[0] // table_RM.shape[0])
-    taken = flat.index_select(0, (table_RM.clamp(min=0) + first).flatten())
-    taken = taken.view(*table_RM.shape, padded)[..., :width].masked_fill((table_RM < 0)[..., None], 0)
+    flat, source, there = _filled(rows, table_RM, width)
+    taken = rows.new_zeros(table_RM.numel(), width)
+    taken[there.flatten()] = flat.index_select(0, source)[:, :width]
     return taken.view(batch, heads, -1, width)
 
 
 def _give(d_rows: Tensor, table_RM: Tensor, d_kept_BHMN: Tensor) -> None:
     """Add the gradients of the outgoing slots to those of their sources."""
     width = d_kept_BHMN.shape[-1]
-    flat = d_rows.view(-1, -(-width // LANES) * LANES)
+    flat, source, there = _filled(d_rows, table_RM, width)
+    flat[:, :width].index_add_(0, source, d_kept_BHMN.flatten(0, 1)[there])
+
+
+def _filled(rows: Tensor, table_RM: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed table as (R * S, padded), which of its rows are held, and whether each outgoing slot holds one."""
+    flat = rows.view(-1, -(-width // LANES) * LANES)
     first = torch.arange(table_RM.shape[0])[:, None] * (flat.shape[0] // table_RM.shape[0])
     there = table_RM >= 0
-    flat[:, :width].index_add_(0, (table_RM + first)[there], d_kept_BHMN.flatten(0, 1)[there])
+    return flat, (table_RM + first)[there], there
 
 
 def _plan(
