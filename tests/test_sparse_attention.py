@@ -174,12 +174,23 @@ def test_duplicates_between_patterns_count_once() -> None:
     """A window inside a wider window changes nothing; in particular no key is weighted twice."""
     x = draw((Window(9), Sink(9)), 50)
     alone, _ = sparse_attention(x.q, x.k, x.v, (Full(),), reset=x.reset, path="tiled")
-    both, _ = sparse_attention(x.q, x.k, x.v, (Window(50), Sink(50)), reset=x.reset, path="tiled")
-    torch.testing.assert_close(alone, both, rtol=0, atol=1e-12)
+    for path in ("tiled", "streaming"):
+        both, _ = sparse_attention(x.q, x.k, x.v, (Window(50), Sink(50)), reset=x.reset, path=path)
+        torch.testing.assert_close(alone, both, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["hax", "lsh-rounds", "everything", "full"])
-def test_the_future_changes_no_bit_of_the_past(name: str) -> None:
+def test_full_attention_of_one_segment_is_that_of_pytorch() -> None:
+    x = draw((Full(),), 100)
+    wanted, held = sparse_attention(x.q, x.k, x.v, (Full(),), path="tiled")
+    got, memory = sparse_attention(x.q, x.k, x.v, (Window(3), Full()))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(memory, held, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [case for case in CASES if case[0] in {"hax", "lsh-rounds", "everything", "full"}]
+)
+def test_the_future_changes_no_bit_of_the_past(name: str, path: str) -> None:
     length, cut = 200, 117
     union, x = UNIONS[name], draw(UNIONS[name], length)
     other = draw(union, length, seed=11)
@@ -187,7 +198,7 @@ def test_the_future_changes_no_bit_of_the_past(name: str) -> None:
     def spliced(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a[:, :cut], b[:, cut:]], 1)
 
-    y, _ = sparse_attention(x.q, x.k, x.v, union, path="tiled", **x.part(0, length))
+    y, _ = sparse_attention(x.q, x.k, x.v, union, path=path, **x.part(0, length))
     mixed = Inputs(
         spliced(x.q, other.q),
         spliced(x.k, other.k),
@@ -198,7 +209,7 @@ def test_the_future_changes_no_bit_of_the_past(name: str) -> None:
         if x.buckets is None or other.buckets is None
         else Buckets(spliced(x.buckets.q, other.buckets.q), spliced(x.buckets.k, other.buckets.k)),
     )
-    z, _ = sparse_attention(mixed.q, mixed.k, mixed.v, union, path="tiled", **mixed.part(0, length))
+    z, _ = sparse_attention(mixed.q, mixed.k, mixed.v, union, path=path, **mixed.part(0, length))
     assert torch.equal(y[:, :cut], z[:, :cut])
     assert not torch.equal(y[:, cut:], z[:, cut:])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,7 +72,7 @@ def fold(
     return torch.cat(outputs, 1), memory
 
 
-def held_by_definition(union: tuple[Pattern, ...], score: Tensor, codes: Tensor, reset: Tensor) -> list[list[int]]:
+def held_by_definition(union: tuple[Pattern, ...], score: Tensor, codes: Tensor, reset: Tensor) -> list[int]:
     """Times that every region holds after the last position, for one sequence of one head, -1 for an empty slot."""
     since = max([0, *reset.nonzero().flatten().tolist()])
     seen = list(range(since, len(reset)))
@@ -94,9 +96,9 @@ def held_by_definition(union: tuple[Pattern, ...], score: Tensor, codes: Tensor,
         elif isinstance(pattern, Lsh):
             n = pattern.n_keys // pattern.n_rounds
             for r in range(pattern.n_rounds):
-                for b in range(1 << pattern.n_bits):
-                    rings.append(padded([t for t in seen if codes[t, r] == b][-n:], n))
-    return slots + rings
+                in_bucket = [[t for t in seen if codes[t, r] == b] for b in range(1 << pattern.n_bits)]
+                rings.extend(padded(times[-n:], n) for times in in_bucket)
+    return list(chain(*slots, *rings))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -118,7 +120,7 @@ def test_regions_hold_what_their_definition_says(
     cuts = list(range(1, length + 1)) if path == "decode" else [(length + 1) // 2, length][-min(length, 2) :]
     memory = init_memory(union, 1, 1, 4, 3, dtype=torch.float64)
     _, memory = fold(union, (q, k, v), score, buckets, reset, cuts, path, memory)
-    wanted = sum(held_by_definition(union, score[0, :, 0], buckets.k[0, :, 0], reset[0]), [])
+    wanted = held_by_definition(union, score[0, :, 0], buckets.k[0, :, 0], reset[0])
     assert (memory.k[0, 0, :, 0].long() - 1).tolist() == wanted
     since = max([0, *reset[0].nonzero().flatten().tolist()])
     assert memory.position[0, 0].tolist() == [t - since if t >= 0 else -1 for t in wanted]

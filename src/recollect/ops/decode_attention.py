@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.ops.attention_memory import Buckets, Memory, hash_regions, slot_regions
 from recollect.ops.attend import attend
+from recollect.ops.attention_memory import Buckets, Memory, hash_regions, slot_regions
 from recollect.ops.patterns import Dilated, KeySelection, Lsh, Pattern, Sink, Window
 from recollect.ops.scan import accumulator_dtype
 
@@ -40,10 +40,12 @@ def decode(
     rows, n_memory = batch * heads, memory.position.shape[2]
     fresh = None if reset is None else reset[:, 0]
     if fresh is not None:
+        row = fresh[:, None, None]
         memory = Memory(
-            *(torch.where(fresh.view(-1, 1, 1, 1), 0, x) for x in (memory.k, memory.v)),
-            torch.where(fresh[:, None, None], -1, memory.position),
-            torch.where(fresh[:, None, None], 0, memory.score),
+            torch.where(row[..., None], 0, memory.k),
+            torch.where(row[..., None], 0, memory.v),
+            torch.where(row, -1, memory.position),
+            torch.where(row, 0, memory.score),
             torch.where(fresh, 0, memory.next_position),
         )
     position, score = memory.position.flatten(0, 1), memory.score.detach().flatten(0, 1)
@@ -68,7 +70,8 @@ def decode(
         assert buckets is not None, "Lsh needs the buckets of queries and keys"
         n_keys = region.pattern.n_keys // region.pattern.n_rounds
         q_ring, k_ring = (
-            region.begin + x[:, 0, :, region.hash_round].flatten()[:, None] * n_keys
+            region.begin
+            + x[:, 0, :, region.hash_round].flatten()[:, None] * n_keys
             + torch.arange(n_keys, device=position.device)
             for x in buckets
         )

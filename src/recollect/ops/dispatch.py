@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recollect.ops.patterns import Pattern, key_budget
+from recollect.ops.streaming_attention import streams
 
 DENSE_SOURCES = 256
 """Below this many sources one L x S product beats the bookkeeping of tiles on a CPU (``bench/bench_attention.py``)."""
@@ -84,7 +85,7 @@ def explain_sparse_attention(
     if length == 1:
         return Choice("decode", f"one query: at most {budget} slots are read, whatever came before")
     compiled = explain_kernels(torch.empty(0, device=device, dtype=dtype))
-    if compiled.path == "numba":
+    if compiled.path == "numba" and streams(patterns):
         return Choice("streaming", f"{budget} keys per query, gathered in a loop over time: {compiled.why}")
     if sources <= DENSE_SOURCES:
         return Choice("dense", f"{sources} sources, at most {DENSE_SOURCES}: one masked product is fastest")

@@ -67,9 +67,7 @@ def timeline(length: int, n_memory: int, start_B: Tensor, reset_BL: Tensor | Non
     return Timeline(n_memory, length, start_B, arrival, position, end, reset_BL is not None, first_reset)
 
 
-def slot_deaths(
-    pattern: Pattern, time: Timeline, held_position_BHM: Tensor, score_BHS: Tensor | None
-) -> Tensor:
+def slot_deaths(pattern: Pattern, time: Timeline, held_position_BHM: Tensor, score_BHS: Tensor | None) -> Tensor:
     """Death of every source under one pattern that ignores hash buckets, (B, H, S) int64.
 
     ``held_position_BHM`` holds in-segment positions of the M keys in the pattern's own region, -1 in empty slots;

@@ -122,7 +122,8 @@ def _in_sets(
     sets = key_sets(patterns, time, memory, q, score, buckets)
     rows = (_rows(q), _rows(k), _rows(v))
     if path == "sdpa":
-        y = F.scaled_dot_product_attention(*(x.unflatten(0, (batch, heads)) for x in rows), is_causal=True, scale=scale)
+        q_rows, k_rows, v_rows = (x.unflatten(0, (batch, heads)) for x in rows)
+        y = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, is_causal=True, scale=scale)
     else:
         if path == "dense":
             partial = attend(*rows, sets.admits(), scale)
@@ -138,8 +139,8 @@ def _in_sets(
     assert slots is not None
     codes = None if buckets is None else buckets.k.transpose(1, 2).flatten(0, 1)
     table = slot_table(sets, slots, codes).view(batch, heads, slots)
-    kept = (_gather(x, table.clamp(min=0)).masked_fill((table < 0)[..., None], 0) for x in (k, v))
-    return y, _remember(patterns, time, *kept, memory, score, table)
+    k, v = (_gather(x, table.clamp(min=0)).masked_fill((table < 0)[..., None], 0) for x in (k, v))
+    return y, _remember(patterns, time, k, v, memory, score, table)
 
 
 def _stream(

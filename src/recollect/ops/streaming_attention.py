@@ -73,7 +73,7 @@ def stream(
 
 
 class _Stream(torch.autograd.Function):
-    """dk_j += ds_ij q_i, dq_i += ds_ij k_j, dv_j += w_ij dy_i with ds_ij = w_ij (dy_i . v_j - sum_s w_is dy_i . v_s)."""
+    """dk_j += s_ij q_i, dq_i += s_ij k_j, dv_j += w_ij dy_i with s_ij = w_ij (dy_i . v_j - sum_s w_is dy_i . v_s)."""
 
     @staticmethod
     def forward(
@@ -169,7 +169,7 @@ def _plan(
 ) -> _Plan:
     batch, length, heads, _ = q_BLHN.shape
     rows = batch * heads
-    codes = {Window: 0, Sink: 1, Dilated: 2, KeySelection: 3}
+    codes: dict[type[Pattern], int] = {Window: 0, Sink: 1, Dilated: 2, KeySelection: 3}
     regions = slot_regions(patterns)
     table = [[codes[type(r.pattern)], r.stop - r.begin, getattr(r.pattern, "stride", 1), r.begin] for r in regions]
     rings = hash_regions(patterns)

@@ -11,6 +11,8 @@ of a bucket is then the last ``n_keys`` entries it has written.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -308,14 +310,47 @@ def _run(
         _seed(plan, position[row], slots, count, head, lowest, flags, key)
         if n_rounds:
             _seed_buckets(
-                plan.shape[0], n_keys, rings, position[row], k_codes, key, flags, first, filled, start, generation,
-                order, code,
+                plan.shape[0],
+                n_keys,
+                rings,
+                position[row],
+                k_codes,
+                key,
+                flags,
+                first,
+                filled,
+                start,
+                generation,
+                order,
+                code,
             )
         for t0 in range(0, length, chunk):
             t1 = min(t0 + chunk, length)
             _list_keys(
-                t0, t1, n_memory, clock, reset[b], plan, scores, slots, count, head, lowest, flags, key, n_keys, q_codes,
-                k_codes, first, filled, start, generation, order, code, index, listed,
+                t0,
+                t1,
+                n_memory,
+                clock,
+                reset[b],
+                plan,
+                scores,
+                slots,
+                count,
+                head,
+                lowest,
+                flags,
+                key,
+                n_keys,
+                q_codes,
+                k_codes,
+                first,
+                filled,
+                start,
+                generation,
+                order,
+                code,
+                index,
+                listed,
             )
             for t in range(t0, t1):
                 n, mine = listed[t - t0], index[t - t0]
@@ -358,16 +393,26 @@ def _run(
                     target[i] = gx[i] * factor
         if not backward:
             _hand_over(
-                n_keys, rings, clock, plan, slots, count, head, first, filled, start, generation, order,
+                n_keys,
+                rings,
+                clock,
+                plan,
+                slots,
+                count,
+                head,
+                first,
+                filled,
+                start,
+                generation,
+                order,
                 table[row],
             )
 
 
-def attend(backward: bool, scale: float, tensors: tuple[Tensor, ...], chunk: int, budget: int, *decided: Tensor) -> None:
+def attend(
+    backward: bool, scale: float, tensors: tuple[Tensor, ...], chunk: int, budget: int, *decided: Tensor
+) -> None:
     """``_run`` over all rows; ``tensors`` q, k, v, y, dy, dq, dk, dv and ``decided`` as it takes them."""
     batch, _, heads, _ = tensors[0].shape
-    floats, integers = arrays(*tensors), arrays(*decided)
-    over_rows(
-        batch * heads,
-        lambda begin, end: _run(begin, end, heads, backward, scale, *floats, chunk, budget, *integers),
-    )
+    arguments: tuple[Any, ...] = (heads, backward, scale, *arrays(*tensors), chunk, budget, *arrays(*decided))
+    over_rows(batch * heads, lambda begin, end: _run(begin, end, *arguments))

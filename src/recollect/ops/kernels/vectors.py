@@ -82,7 +82,7 @@ def _larger(typing_context: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 - numba
 
 
 def _total(typing_context: Any, a: Any) -> Any:  # noqa: ARG001 - numba's signature
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
         vector, scalar = context.get_value_type(a), context.get_value_type(a.dtype)
         name = f"llvm.vector.reduce.fadd.v{LANES}f{a.dtype.bitwidth}"
         function = builder.module.declare_intrinsic(name, (), ir.FunctionType(scalar, [scalar, vector]))
