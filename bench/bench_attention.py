@@ -1,10 +1,11 @@
 """Sparse attention against full attention by length: time forward and backward, and peak memory.
 
-    python bench/bench_attention.py OUT.json [--longest 65536]
+    python bench/bench_attention.py OUT.json [--longest 131072]
 
 Every figure is measured in a process of its own, so that peak memory is that case's and no other's. ``memory_mib`` is
 the peak resident set less what the process held before the inputs were made. HAX (LSH 32 of 2^8 buckets, key selection
-32) and a window of 64 run ``ops.sparse_attention``; ``sdpa`` is PyTorch's own causal attention on the same heads, given
+32; once more in the published shape, one head with values of 256) and a window of 64 run ``ops.sparse_attention``, as a
+compiled loop over time, in tiles and dense; ``sdpa`` is PyTorch's own causal attention on the same heads, given
 up at the length where it would take minutes.
 """
 
@@ -19,7 +20,8 @@ import time
 from pathlib import Path
 
 HEADS, D_KEY, D_VALUE = 4, 32, 32
-SDPA_LONGEST = 16_384
+ONE_HEAD_VALUE = 256
+SDPA_LONGEST = TILED_LONGEST = 16_384
 REPEATS = {1024: 5, 4096: 3}
 
 
@@ -27,7 +29,7 @@ def main() -> None:
     """Measure every case and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/bench/attention.json"))
-    parser.add_argument("--longest", type=int, default=65_536)
+    parser.add_argument("--longest", type=int, default=131_072)
     parser.add_argument("--case", nargs=3, metavar=("KIND", "PATH", "LENGTH"), help="measure one case and print it")
     arguments = parser.parse_args()
     if arguments.case:
@@ -35,8 +37,9 @@ def main() -> None:
         print(json.dumps(measure(kind, path, int(length))))
         return
     lengths = [n for n in (128, 256, 512, 1024, 4096, 16_384, 65_536, 131_072) if n <= arguments.longest]
-    cases = [(kind, path, n) for n in lengths for kind, path in (("hax", "tiled"), ("window", "tiled"))]
-    cases += [("hax", "dense", n) for n in lengths if n <= 4096]
+    cases = [(kind, "streaming", n) for n in lengths for kind in ("hax", "hax-one-head", "window")]
+    cases += [(kind, "tiled", n) for n in lengths for kind in ("hax", "window") if n <= TILED_LONGEST]
+    cases += [(kind, "dense", n) for n in lengths for kind in ("hax", "window") if n <= 1024]
     cases += [("sdpa", "sdpa", n) for n in lengths if n <= SDPA_LONGEST]
     rows = []
     print("| kind | path | tokens | forward + backward, ms | peak memory, MiB |")
@@ -64,21 +67,23 @@ def measure(kind: str, path: str, length: int) -> dict[str, object]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lsh = Lsh(32, n_bits=8)
-    patterns = (lsh, KeySelection(32)) if kind == "hax" else (Window(64),)
-    planes = draw_planes(D_KEY, HEADS, lsh.n_rounds, lsh.n_bits)
+    hax = kind.startswith("hax")
+    patterns = (lsh, KeySelection(32)) if hax else (Window(64),)
+    heads, d_value = (1, ONE_HEAD_VALUE) if kind == "hax-one-head" else (HEADS, D_VALUE)
+    planes = draw_planes(D_KEY, heads, lsh.n_rounds, lsh.n_bits)
 
     def once(n: int) -> None:
-        q, k = (torch.randn(1, n, HEADS, D_KEY, requires_grad=True) for _ in range(2))
-        v = torch.randn(1, n, HEADS, D_VALUE, requires_grad=True)
+        q, k = (torch.randn(1, n, heads, D_KEY, requires_grad=True) for _ in range(2))
+        v = torch.randn(1, n, heads, d_value, requires_grad=True)
         if kind == "sdpa":
             y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
         else:
-            score = torch.randn(1, n, HEADS) if kind == "hax" else None
-            buckets = Buckets(sign_buckets(q, planes), sign_buckets(k, planes)) if kind == "hax" else None
+            score = torch.randn(1, n, heads) if hax else None
+            buckets = Buckets(sign_buckets(q, planes), sign_buckets(k, planes)) if hax else None
             y, _ = sparse_attention(q, k, v, patterns, score_BLH=score, buckets=buckets, path=path)
         y.square().sum().backward()
 
-    once(128)  # code paths warm, allocator started
+    once(128)  # code paths warm, kernels compiled, allocator started
     before = _peak_mib()
     seconds = []
     for _ in range(REPEATS.get(length, 7 if length < 1024 else 1)):

@@ -269,7 +269,8 @@ ATTENDING = [name for name in CASES if name.startswith(("attention-", "sparse-",
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("case", ATTENDING)
 def test_law_on_tiles(case: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences this short run dense; here ``forward`` is made to run in tiles, while ``step`` stays dense."""
+    """Sequences this short run compiled or dense; here ``forward`` is made to run in tiles."""
+    monkeypatch.setattr(dispatch, "KERNELS", "torch")
     monkeypatch.setattr(dispatch, "DENSE_SOURCES", 0)
     LAWS[law](sample(CASES[case]))
 

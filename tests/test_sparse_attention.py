@@ -50,6 +50,12 @@ UNIONS: dict[str, tuple[Pattern, ...]] = {
     "full-and-window": (Full(), Window(3)),
 }
 LENGTHS = (1, 63, 64, 65)
+CASES = [
+    (name, path)
+    for name, union in UNIONS.items()
+    for path in ("dense", "tiled", "streaming")
+    if path != "streaming" or find(union, Full) is None
+]
 
 
 class Inputs(NamedTuple):
@@ -98,22 +104,25 @@ def assert_equals_reference(union: tuple[Pattern, ...], x: Inputs, path: str) ->
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("path", ["dense", "tiled"])
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", UNIONS)
+@pytest.mark.parametrize(("name", "path"), CASES)
 def test_values_and_gradients_equal_the_reference(name: str, length: int, path: str) -> None:
     assert_equals_reference(UNIONS[name], draw(UNIONS[name], length), path)
 
 
+@pytest.mark.parametrize("setting", ["auto", "torch"])
 @pytest.mark.parametrize("length", [128, 1000])
 @pytest.mark.parametrize("name", UNIONS)
-def test_one_long_row_equals_the_reference(name: str, length: int) -> None:
+def test_one_long_row_equals_the_reference(
+    name: str, length: int, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A batch of one keeps other strides, and 128 is a whole number of chunks."""
-    assert_equals_reference(UNIONS[name], draw(UNIONS[name], length, batch=1), "tiled")
+    monkeypatch.setattr(dispatch, "KERNELS", setting)
+    monkeypatch.setattr(dispatch, "DENSE_SOURCES", 0)
+    assert_equals_reference(UNIONS[name], draw(UNIONS[name], length, batch=1), "auto")
 
 
-@pytest.mark.parametrize("path", ["dense", "tiled"])
-@pytest.mark.parametrize("name", UNIONS)
+@pytest.mark.parametrize(("name", "path"), CASES)
 def test_key_sets_equal_the_reference(name: str, path: str) -> None:
     """Values that are unit vectors reveal which keys got weight, whatever code chose them."""
     length = 130
@@ -127,9 +136,8 @@ def test_key_sets_equal_the_reference(name: str, path: str) -> None:
         assert int(sets.sum(-1).max()) <= budget
 
 
-@pytest.mark.parametrize("path", ["dense", "tiled"])
 @pytest.mark.parametrize("split", [1, 63, 64, 65, 97])
-@pytest.mark.parametrize("name", UNIONS)
+@pytest.mark.parametrize(("name", "path"), CASES)
 def test_memory_carries_everything_that_later_queries_may_need(name: str, split: int, path: str) -> None:
     length = 140
     union, x = UNIONS[name], draw(UNIONS[name], length, seed=5)
@@ -153,7 +161,7 @@ def test_a_query_without_keys_gives_zero_and_passes_no_gradient() -> None:
     union = (Dilated(2, stride=8),)
     x = draw(union, 20)
     x = x._replace(reset=torch.zeros_like(x.reset))
-    for path in ("dense", "tiled"):
+    for path in ("dense", "tiled", "streaming"):
         y, _ = sparse_attention(x.q, x.k, x.v, union, path=path, **x.part(0, 20))
         assert (y[:, :7] == 0).all()
         assert (y[:, 7:] != 0).any()
@@ -166,12 +174,23 @@ def test_duplicates_between_patterns_count_once() -> None:
     """A window inside a wider window changes nothing; in particular no key is weighted twice."""
     x = draw((Window(9), Sink(9)), 50)
     alone, _ = sparse_attention(x.q, x.k, x.v, (Full(),), reset=x.reset, path="tiled")
-    both, _ = sparse_attention(x.q, x.k, x.v, (Window(50), Sink(50)), reset=x.reset, path="tiled")
-    torch.testing.assert_close(alone, both, rtol=0, atol=1e-12)
+    for path in ("tiled", "streaming"):
+        both, _ = sparse_attention(x.q, x.k, x.v, (Window(50), Sink(50)), reset=x.reset, path=path)
+        torch.testing.assert_close(alone, both, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["hax", "lsh-rounds", "everything", "full"])
-def test_the_future_changes_no_bit_of_the_past(name: str) -> None:
+def test_full_attention_of_one_segment_is_that_of_pytorch() -> None:
+    x = draw((Full(),), 100)
+    wanted, held = sparse_attention(x.q, x.k, x.v, (Full(),), path="tiled")
+    got, memory = sparse_attention(x.q, x.k, x.v, (Window(3), Full()))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(memory, held, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [case for case in CASES if case[0] in {"hax", "lsh-rounds", "everything", "full"}]
+)
+def test_the_future_changes_no_bit_of_the_past(name: str, path: str) -> None:
     length, cut = 200, 117
     union, x = UNIONS[name], draw(UNIONS[name], length)
     other = draw(union, length, seed=11)
@@ -179,7 +198,7 @@ def test_the_future_changes_no_bit_of_the_past(name: str) -> None:
     def spliced(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a[:, :cut], b[:, cut:]], 1)
 
-    y, _ = sparse_attention(x.q, x.k, x.v, union, path="tiled", **x.part(0, length))
+    y, _ = sparse_attention(x.q, x.k, x.v, union, path=path, **x.part(0, length))
     mixed = Inputs(
         spliced(x.q, other.q),
         spliced(x.k, other.k),
@@ -190,7 +209,7 @@ def test_the_future_changes_no_bit_of_the_past(name: str) -> None:
         if x.buckets is None or other.buckets is None
         else Buckets(spliced(x.buckets.q, other.buckets.q), spliced(x.buckets.k, other.buckets.k)),
     )
-    z, _ = sparse_attention(mixed.q, mixed.k, mixed.v, union, path="tiled", **mixed.part(0, length))
+    z, _ = sparse_attention(mixed.q, mixed.k, mixed.v, union, path=path, **mixed.part(0, length))
     assert torch.equal(y[:, :cut], z[:, :cut])
     assert not torch.equal(y[:, cut:], z[:, cut:])
 
@@ -203,7 +222,7 @@ def test_float32_stays_near_float64() -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("path", ["dense", "tiled"])
+@pytest.mark.parametrize("path", ["dense", "tiled", "streaming"])
 def test_half_precision_keeps_its_type_and_sums_in_float32(path: str) -> None:
     union, x = UNIONS["everything"], draw(UNIONS["everything"], 200)
     part = x.part(0, 200)
@@ -269,10 +288,16 @@ def test_nearby_vectors_share_buckets_as_often_as_theory_says() -> None:
     assert abs(same.double().mean().item() - (1 - angle / torch.pi) ** n_bits) < 0.01
 
 
-def test_dispatch_says_what_it_picks_and_why() -> None:
-    assert dispatch.explain_sparse_attention(1, 9000, (Window(4),)).path == "dense"
-    assert dispatch.explain_sparse_attention(100, 0, (Window(4),)).path == "dense"
-    choice = dispatch.explain_sparse_attention(100_000, 0, (Window(4),))
+def test_dispatch_says_what_it_picks_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    explain = dispatch.explain_sparse_attention
+    assert explain(1, 9000, (Window(4),)).path == "decode"
+    assert explain(100_000, 0, (Window(4),)).path == "streaming"
+    assert explain(100_000, 0, (Full(),), fresh=True).path == "sdpa"
+    assert explain(100_000, 0, (Full(),)).path == "tiled"
+    assert "meta" in explain(100_000, 0, (Window(4),), "meta").why
+    monkeypatch.setattr(dispatch, "KERNELS", "torch")
+    assert explain(100, 0, (Window(4),)).path == "dense"
+    choice = explain(100_000, 0, (Window(4),))
     assert choice.path == "tiled"
     assert "4 keys per query" in choice.why
 

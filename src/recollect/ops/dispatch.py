@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recollect.ops.patterns import Pattern, key_budget
+from recollect.ops.streaming_attention import streams
 
 DENSE_SOURCES = 256
 """Below this many sources one L x S product beats the bookkeeping of tiles on a CPU (``bench/bench_attention.py``)."""
@@ -60,22 +61,35 @@ def _numba_is_missing() -> str:
     return ""
 
 
-def explain_sparse_attention(length: int, n_memory: int, patterns: tuple[Pattern, ...]) -> Choice:
-    """Which execution ``ops.sparse_attention`` takes for ``length`` queries after ``n_memory`` remembered keys."""
+def explain_sparse_attention(
+    length: int,
+    n_memory: int,
+    patterns: tuple[Pattern, ...],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    fresh: bool = False,
+) -> Choice:
+    """Which execution ``ops.sparse_attention`` takes for ``length`` queries after ``n_memory`` memory slots.
+
+    ``dtype`` is the one it computes in; ``fresh`` means that neither a memory nor resets were given.
+    """
+    budget = key_budget(patterns)
     sources = length + n_memory
+    if budget is None:
+        if fresh and length > 1:
+            return Choice("sdpa", "full attention of one segment: PyTorch's own")
+        if length == 1 or sources <= DENSE_SOURCES:
+            return Choice("dense", f"full attention over {sources} sources: one masked product is fastest")
+        return Choice("tiled", "full attention in blocks of queries, recomputed in backward")
     if length == 1:
-        return Choice("dense", "one query: its row is the whole work")
+        return Choice("decode", f"one query: at most {budget} slots are read, whatever came before")
+    compiled = explain_kernels(torch.empty(0, device=device, dtype=dtype))
+    if compiled.path == "numba" and streams(patterns):
+        return Choice("streaming", f"{budget} keys per query, gathered in a loop over time: {compiled.why}")
     if sources <= DENSE_SOURCES:
         return Choice("dense", f"{sources} sources, at most {DENSE_SOURCES}: one masked product is fastest")
-    budget = key_budget(patterns)
-    if budget is None:
-        return Choice("tiled", "full attention in blocks of queries, recomputed in backward")
-    return Choice("tiled", f"{sources} sources, {budget} keys per query: tiles of matrix products")
-
-
-def sparse_attention_path(length: int, n_memory: int, patterns: tuple[Pattern, ...]) -> str:
-    """The path of ``explain_sparse_attention``."""
-    return explain_sparse_attention(length, n_memory, patterns).path
+    return Choice("tiled", f"{sources} sources, {budget} keys per query: tiles of matrix products; {compiled.why}")
 
 
 def explain_causal_attention(

@@ -1,8 +1,8 @@
 """When each key may be attended to: every sparse pattern as one interval of queries per key.
 
-Sources are S = M + L keys: M remembered from before (arrival -1) and the L new ones (arrival j). A pattern admits key s
-for queries i with ``arrival_s <= i < death_s`` (and equal hash buckets for ``Lsh``). All intervals of a key begin at
-its arrival, so the union of patterns reaches to the latest death and duplicates vanish by themselves. A reset ends
+The sources of a pattern are S = M + L keys: M in the region that it was left by an earlier call (arrival -1) and the L
+new ones (arrival j). It admits key s for queries i with ``arrival_s <= i < death_s`` (and equal hash buckets for
+``Lsh``). All intervals of a key begin at its arrival, so a union of patterns reaches to the latest death. A reset ends
 every lifetime; a death that has not come by the end of the call is written as L.
 
 Everything here is integer bookkeeping without gradients.
@@ -10,7 +10,7 @@ Everything here is integer bookkeeping without gradients.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ class Timeline:
     """First query of the next segment for each source, L where none begins."""
     resets: bool
     """Whether resets were given at all, true or not."""
+    first_reset_B: Tensor
+    """The first reset of the call, L without one: the end of every remembered key."""
+
+    def holding(self, n_memory: int) -> Timeline:
+        """The same call after ``n_memory`` remembered keys instead."""
+        first = self.n_memory
+        arrival = torch.cat([self.arrival_S.new_full((n_memory,), -1), self.arrival_S[first:]])
+        end = torch.cat([self.first_reset_B[:, None].expand(-1, n_memory), self.end_BS[:, first:]], 1)
+        return replace(self, n_memory=n_memory, arrival_S=arrival, end_BS=end)
 
 
 def timeline(length: int, n_memory: int, start_B: Tensor, reset_BL: Tensor | None) -> Timeline:
@@ -46,53 +55,51 @@ def timeline(length: int, n_memory: int, start_B: Tensor, reset_BL: Tensor | Non
     batch = start_B.shape[0]
     if reset_BL is None:
         position = start_B[:, None] + at
+        first_reset = torch.full((batch,), length, device=device)
         end = torch.full((batch, n_memory + length), length, device=device)
     else:
         last_reset = torch.where(reset_BL, at, -1).cummax(1).values
         position = torch.where(last_reset >= 0, at - last_reset, start_B[:, None] + at)
         upcoming = torch.where(reset_BL, at, length).flip(1).cummin(1).values.flip(1)
         after = torch.cat([upcoming[:, 1:], upcoming.new_full((batch, 1), length)], 1)
+        first_reset = upcoming[:, 0]
         end = torch.cat([upcoming[:, :1].expand(-1, n_memory), after], 1)
-    return Timeline(n_memory, length, start_B, arrival, position, end, reset_BL is not None)
+    return Timeline(n_memory, length, start_B, arrival, position, end, reset_BL is not None, first_reset)
 
 
-def slot_deaths(
-    patterns: tuple[Pattern, ...], time: Timeline, memory_position_BHM: Tensor, score_BHS: Tensor | None
-) -> Tensor:
-    """Death of every source under all patterns that ignore hash buckets, (B, H, S) int64.
+def slot_deaths(pattern: Pattern, time: Timeline, held_position_BHM: Tensor, score_BHS: Tensor | None) -> Tensor:
+    """Death of every source under one pattern that ignores hash buckets, (B, H, S) int64.
 
-    ``memory_position_BHM`` holds in-segment positions of remembered keys, -1 in empty slots; ``score_BHS`` are the
-    priorities for ``KeySelection``. Cost O(S) for the fixed patterns, O(S (n_keys + CHUNK)) for key selection.
+    ``held_position_BHM`` holds in-segment positions of the M keys in the pattern's own region, -1 in empty slots;
+    ``score_BHS`` are the priorities for ``KeySelection``. Cost O(S) for the fixed patterns, O(S (n_keys + CHUNK)) for
+    key selection.
     """
-    heads = memory_position_BHM.shape[1]
+    time = time.holding(held_position_BHM.shape[2])
+    heads = held_position_BHM.shape[1]
     new_position = time.position_BL[:, None].expand(-1, heads, -1)
-    position = torch.cat([memory_position_BHM, new_position], 2)
+    position = torch.cat([held_position_BHM, new_position], 2)
     # The query index at which a key had age zero: negative for remembered keys, which a reset would end anyway.
     born = torch.cat(
-        [memory_position_BHM - time.start_B[:, None, None], time.arrival_S[time.n_memory :].expand_as(new_position)], 2
+        [held_position_BHM - time.start_B[:, None, None], time.arrival_S[time.n_memory :].expand_as(new_position)], 2
     )
     end = time.end_BS[:, None].expand_as(position)
     empty = position < 0
     never = torch.zeros_like(position)
-    death = never
-    for pattern in patterns:
-        if isinstance(pattern, Full):
-            mine = end
-        elif isinstance(pattern, Window):
-            mine = torch.minimum(born + pattern.n_keys, end)
-        elif isinstance(pattern, Sink):
-            mine = torch.where(position < pattern.n_keys, end, never)
-        elif isinstance(pattern, Dilated):
-            on_grid = position % pattern.stride == pattern.stride - 1
-            mine = torch.where(on_grid, torch.minimum(born + pattern.n_keys * pattern.stride, end), never)
-        elif isinstance(pattern, KeySelection):
-            assert score_BHS is not None, "KeySelection needs a score for every key"
-            mine = topk_deaths(
-                score_BHS.flatten(0, 1), ~empty.flatten(0, 1), end.flatten(0, 1), time, pattern.n_keys
-            ).view_as(position)
-        else:
-            continue
-        death = torch.maximum(death, mine)
+    if isinstance(pattern, Full):
+        death = end
+    elif isinstance(pattern, Window):
+        death = torch.minimum(born + pattern.n_keys, end)
+    elif isinstance(pattern, Sink):
+        death = torch.where(position < pattern.n_keys, end, never)
+    elif isinstance(pattern, Dilated):
+        on_grid = position % pattern.stride == pattern.stride - 1
+        death = torch.where(on_grid, torch.minimum(born + pattern.n_keys * pattern.stride, end), never)
+    elif isinstance(pattern, KeySelection):
+        assert score_BHS is not None, "KeySelection needs a score for every key"
+        death = topk_deaths(score_BHS.flatten(0, 1), ~empty.flatten(0, 1), end.flatten(0, 1), time, pattern.n_keys)
+        death = death.view_as(position)
+    else:
+        raise TypeError(f"pattern {pattern.kind} goes by hash buckets")
     return death.masked_fill(empty, 0)
 
 

@@ -6,17 +6,19 @@ A query with no admissible key outputs zero. A reset empties every pattern's mem
 over a whole sequence and one call per position give the same result: what later queries may need is handed over in a
 ``Memory`` of as many slots as the patterns declare.
 
-Three executions of the same sets (``dispatch.sparse_attention_path`` picks one):
+Executions of the same sets (``dispatch.explain_sparse_attention`` picks one), for a budget of K keys:
 
 * *reference*: the definitions written out as L x L masks; only for tests, no memory.
-* *dense*: lifetimes (see ``lifetimes``) compared into one L x S mask; fastest for short sequences.
-* *tiled*: never an L x L array. Time O(L (K + CHUNK) + S log S), memory O(L (K + CHUNK)) for budget K.
+* *decode*: a single query and its own slots. Time O(K), whatever came before.
+* *streaming*: a compiled loop over time on a CPU that gathers each query's keys. Time O(L K), memory O(L).
+* *tiled*: matrix products on any device. Time O(L (K + CHUNK) + S log S), memory O(L (K + CHUNK)).
+* *dense*: lifetimes (see ``lifetimes``) compared into one L x S mask; for short sequences without a compiler.
+* *sdpa*: ``Full`` without memory and resets is PyTorch's own causal attention.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,64 +26,33 @@ from torch.nn import functional as F
 
 from recollect.ops import dispatch, tiled_attention
 from recollect.ops.attend import attend, merge
-from recollect.ops.lifetimes import Timeline, bucket_deaths, slot_deaths, timeline
-from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, find, memory_slots
+from recollect.ops.attention_memory import Buckets, Memory, decisive, init_memory, memory_bytes, slot_regions
+from recollect.ops.decode_attention import decode
+from recollect.ops.key_sets import KeySets, key_sets, slot_table
+from recollect.ops.lifetimes import Timeline, timeline
+from recollect.ops.patterns import (
+    Dilated,
+    Full,
+    KeySelection,
+    Lsh,
+    Pattern,
+    Sink,
+    Window,
+    find,
+    memory_slots,
+)
 from recollect.ops.scan import accumulator_dtype
+from recollect.ops.streaming_attention import stream
 
-
-class Memory(NamedTuple):
-    """What sparse attention carries between calls. M slots, ordered by time; empty slots hold position -1 and zeros."""
-
-    k: Tensor  # (B, H, M, N)
-    v: Tensor  # (B, H, M, P)
-    position: Tensor  # (B, H, M) int64, within the segment
-    score: Tensor  # (B, H, M) with KeySelection, (B, H, 0) without
-    bucket: Tensor  # (B, H, M, n_rounds) int64 with Lsh, (B, H, M, 0) without
-    next_position: Tensor  # (B,) int64, within the segment
-
-
-class Buckets(NamedTuple):
-    """Hash buckets of queries and keys, (B, L, H, n_rounds) int64 each (``hashing.sign_buckets``)."""
-
-    q: Tensor
-    k: Tensor
-
-
-def init_memory(
-    patterns: tuple[Pattern, ...],
-    batch: int,
-    n_heads: int,
-    d_key: int,
-    d_value: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Memory:
-    """A memory in which nothing is remembered. With ``Full`` it has a slot per position of the longest open segment."""
-    slots = memory_slots(patterns) or 0
-    lsh = find(patterns, Lsh)
-    shape = (batch, n_heads, slots)
-    scored = slots if find(patterns, KeySelection) else 0
-    return Memory(
-        k=torch.zeros(*shape, d_key, device=device, dtype=dtype),
-        v=torch.zeros(*shape, d_value, device=device, dtype=dtype),
-        position=torch.full(shape, -1, device=device, dtype=torch.int64),
-        score=torch.zeros(batch, n_heads, scored, device=device, dtype=dtype),
-        bucket=torch.zeros(*shape, lsh.n_rounds if lsh else 0, device=device, dtype=torch.int64),
-        next_position=torch.zeros(batch, device=device, dtype=torch.int64),
-    )
-
-
-def memory_bytes(
-    patterns: tuple[Pattern, ...], batch: int, n_heads: int, d_key: int, d_value: int, itemsize: int, seen: int
-) -> int:
-    """Bytes of ``Memory`` after ``seen`` positions without a reset; constant unless ``Full`` is among the patterns."""
-    bounded = memory_slots(patterns)
-    slots = seen if bounded is None else bounded
-    lsh = find(patterns, Lsh)
-    scored = 1 if find(patterns, KeySelection) else 0
-    slot = itemsize * (d_key + d_value + scored) + 8 * (1 + (lsh.n_rounds if lsh else 0))
-    return batch * (n_heads * slots * slot + 8)
+__all__ = [
+    "Buckets",
+    "Memory",
+    "init_memory",
+    "key_sets_reference",
+    "memory_bytes",
+    "sparse_attention",
+    "sparse_attention_reference",
+]
 
 
 def sparse_attention(
@@ -101,97 +72,116 @@ def sparse_attention(
 
     ``memory`` None means nothing is remembered; ``reset`` (B, L) bool acts before its position. ``score_BLH`` is
     required by ``KeySelection`` and may depend on positions up to its own only; ``buckets`` is required by ``Lsh``.
-    ``scale`` defaults to N^-1/2. ``path`` is "auto", "dense" or "tiled". Gradients reach q, k, v and the memory's k
-    and v; choosing the sets is not differentiable.
+    ``scale`` defaults to N^-1/2. ``path`` is "auto", "decode" (a single position), "streaming", "tiled", "dense" or
+    "sdpa". Gradients reach q, k, v and the memory's k and v; choosing the sets is not differentiable.
     """
-    batch, length, heads, d_key = q_BLHN.shape
-    d_value = v_BLHP.shape[-1]
-    scale = 1 / math.sqrt(d_key) if scale is None else scale
-    n_memory = 0 if memory is None else memory.position.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q_BLHN, k_BLHN, v_BLHP))
-    bucket = None if buckets is None else buckets.k.transpose(1, 2)
-    score = None if score_BLH is None else score_BLH.detach().transpose(1, 2)
-    if memory is None:
-        start = torch.zeros(batch, dtype=torch.int64, device=q.device)
-        memory_position = torch.empty(batch, heads, 0, dtype=torch.int64, device=q.device)
-    else:
-        start, memory_position = memory.next_position, memory.position
-        k, v = torch.cat([memory.k, k], 2), torch.cat([memory.v, v], 2)
-        score = None if score is None else torch.cat([memory.score, score], 2)
-        bucket = None if bucket is None else torch.cat([memory.bucket, bucket], 2)
-
-    time = timeline(length, n_memory, start, reset)
-    sets = _key_sets(patterns, time, memory_position, score, bucket, None if buckets is None else buckets.q)
-    chosen = dispatch.sparse_attention_path(length, n_memory, patterns) if path == "auto" else path
+    scale = 1 / math.sqrt(q_BLHN.shape[-1]) if scale is None else scale
+    patterns = decisive(patterns)
+    dtype = accumulator_dtype(torch.promote_types(q_BLHN.dtype, v_BLHP.dtype))
+    if path == "auto":
+        path = dispatch.explain_sparse_attention(
+            q_BLHN.shape[1],
+            0 if memory is None else memory.position.shape[2],
+            patterns,
+            q_BLHN.device,
+            dtype,
+            fresh=memory is None and reset is None,
+        ).path
     # Sums of exponentials need float32 even where autocast would take half precision.
-    with torch.autocast(q.device.type, enabled=False):
-        rows = (_rows(q), _rows(k), _rows(v))
-        if chosen == "dense":
+    with torch.autocast(q_BLHN.device.type, enabled=False):
+        if path == "decode":
+            if memory is None:
+                sizes = (q_BLHN.shape[0], q_BLHN.shape[2], q_BLHN.shape[3], v_BLHP.shape[3])
+                memory = init_memory(patterns, *sizes, device=q_BLHN.device, dtype=k_BLHN.dtype)
+            return decode(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale)
+        if path == "streaming":
+            return _stream(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale)
+        return _in_sets(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale, path)
+
+
+def _in_sets(
+    q_BLHN: Tensor,
+    k_BLHN: Tensor,
+    v_BLHP: Tensor,
+    patterns: tuple[Pattern, ...],
+    memory: Memory | None,
+    reset: Tensor | None,
+    score_BLH: Tensor | None,
+    buckets: Buckets | None,
+    scale: float,
+    path: str,
+) -> tuple[Tensor, Memory]:
+    """The executions that work out the sets of the whole sequence first."""
+    batch, length, heads, _ = q_BLHN.shape
+    q, k, v = (t.transpose(1, 2) for t in (q_BLHN, k_BLHN, v_BLHP))
+    score = None if score_BLH is None else score_BLH.detach().transpose(1, 2)
+    if memory is not None:
+        k, v = torch.cat([memory.k, k], 2), torch.cat([memory.v, v], 2)
+    n_memory = k.shape[2] - length
+    time = timeline(length, n_memory, _start(memory, q), reset)
+    sets = key_sets(patterns, time, memory, q, score, buckets)
+    rows = (_rows(q), _rows(k), _rows(v))
+    if path == "sdpa":
+        q_rows, k_rows, v_rows = (x.unflatten(0, (batch, heads)) for x in rows)
+        y = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, is_causal=True, scale=scale)
+    else:
+        if path == "dense":
             partial = attend(*rows, sets.admits(), scale)
         elif find(patterns, Full):
             partial = tiled_attention.full(*rows, sets, scale)
         else:
             partial = merge(tiled_attention.passes(*rows, sets, patterns, scale))
-        y = partial.normalised().to(v.dtype).view(batch, heads, length, d_value).transpose(1, 2)
-    return y, _remember(patterns, time, k, v, memory_position, score, bucket, sets)
+        y = partial.normalised().view(batch, heads, length, -1)
+    y = y.to(v_BLHP.dtype).transpose(1, 2)
+    if find(patterns, Full):
+        return y, _remember_all(time, k, v, memory, sets)
+    slots = memory_slots(patterns)
+    assert slots is not None
+    codes = None if buckets is None else buckets.k.transpose(1, 2).flatten(0, 1)
+    table = slot_table(sets, slots, codes).view(batch, heads, slots)
+    k, v = (_gather(x, table.clamp(min=0)).masked_fill((table < 0)[..., None], 0) for x in (k, v))
+    return y, _remember(patterns, time, k, v, memory, score, table)
+
+
+def _stream(
+    q_BLHN: Tensor,
+    k_BLHN: Tensor,
+    v_BLHP: Tensor,
+    patterns: tuple[Pattern, ...],
+    memory: Memory | None,
+    reset: Tensor | None,
+    score_BLH: Tensor | None,
+    buckets: Buckets | None,
+    scale: float,
+) -> tuple[Tensor, Memory]:
+    k_dtype, v_dtype = k_BLHN.dtype, v_BLHP.dtype
+    if memory is not None:
+        k_dtype, v_dtype = torch.promote_types(k_dtype, memory.k.dtype), torch.promote_types(v_dtype, memory.v.dtype)
+    dtype = accumulator_dtype(torch.promote_types(torch.promote_types(q_BLHN.dtype, k_dtype), v_dtype))
+    kernels = dispatch.kernels("streaming", q_BLHN.new_empty(0, dtype=dtype))
+    assert kernels is not None, "path streaming needs numba and a CPU"
+    held = None if memory is None else memory._replace(k=memory.k.to(dtype), v=memory.v.to(dtype))
+    q, k, v = (x.to(dtype) for x in (q_BLHN, k_BLHN, v_BLHP))
+    y, k_kept, v_kept, table = stream(kernels, q, k, v, patterns, held, reset, score_BLH, buckets, scale)
+    time = timeline(q.shape[1], 0 if memory is None else memory.position.shape[2], _start(memory, q), reset)
+    score = None if score_BLH is None else score_BLH.detach().transpose(1, 2)
+    after = _remember(patterns, time, k_kept.to(k_dtype), v_kept.to(v_dtype), memory, score, table)
+    return y.to(v_BLHP.dtype), after
+
+
+def _start(memory: Memory | None, like: Tensor) -> Tensor:
+    """Position within the segment of the first new key."""
+    if memory is not None:
+        return memory.next_position
+    return torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
 
 
 def _rows(x_BHSN: Tensor) -> Tensor:
     return x_BHSN.flatten(0, 1).to(accumulator_dtype(x_BHSN.dtype))
 
 
-class KeySets(NamedTuple):
-    """The admitted (query, source) pairs, as intervals. Rows R = B x H; see ``lifetimes``."""
-
-    time: Timeline
-    slot_death_RS: Tensor
-    round_deaths: tuple[Tensor, ...]  # one (R, S) per hash round
-    q_bucket_RLK: Tensor | None  # (R, L, n_rounds)
-    k_bucket_RSK: Tensor | None
-
-    def admits(self) -> Tensor:
-        """The whole mask, (R, L, S): for short sequences and tests."""
-        query = torch.arange(self.time.length, device=self.slot_death_RS.device)[:, None]
-        arrived = self.time.arrival_S <= query
-        mask = query < self.slot_death_RS[:, None]
-        for r, death in enumerate(self.round_deaths):
-            assert self.q_bucket_RLK is not None
-            assert self.k_bucket_RSK is not None
-            same = self.q_bucket_RLK[:, :, None, r] == self.k_bucket_RSK[:, None, :, r]
-            mask = mask | (same & (query < death[:, None]))
-        return mask & arrived
-
-    def survivors(self) -> Tensor:
-        """Sources that the query after the last one might still be given, (R, S) bool."""
-        alive = self.slot_death_RS >= self.time.length
-        for death in self.round_deaths:
-            alive = alive | (death >= self.time.length)
-        return alive
-
-
-def _key_sets(
-    patterns: tuple[Pattern, ...],
-    time: Timeline,
-    memory_position_BHM: Tensor,
-    score_BHS: Tensor | None,
-    bucket_BHSK: Tensor | None,
-    q_bucket_BLHK: Tensor | None,
-) -> KeySets:
-    death = slot_deaths(patterns, time, memory_position_BHM, score_BHS).flatten(0, 1)
-    lsh = find(patterns, Lsh)
-    if lsh is None:
-        return KeySets(time, death, (), None, None)
-    assert bucket_BHSK is not None, "Lsh needs the buckets of queries and keys"
-    assert q_bucket_BLHK is not None, "Lsh needs the buckets of queries and keys"
-    k_bucket = bucket_BHSK.flatten(0, 1)
-    q_bucket = q_bucket_BLHK.transpose(1, 2).flatten(0, 1)
-    rows = death.shape[0]
-    valid = torch.ones_like(death, dtype=torch.bool)
-    valid[:, : time.n_memory] = (memory_position_BHM >= 0).flatten(0, 1)
-    end = time.end_BS.repeat_interleave(rows // time.end_BS.shape[0], 0)
-    per_round = lsh.n_keys // lsh.n_rounds
-    rounds = tuple(bucket_deaths(k_bucket[..., r], valid, end, time, per_round) for r in range(lsh.n_rounds))
-    return KeySets(time, death, rounds, q_bucket, k_bucket)
+def _gather(x_BHSN: Tensor, order_BHM: Tensor) -> Tensor:
+    return x_BHSN.gather(2, order_BHM[..., None].expand(-1, -1, -1, x_BHSN.shape[-1]))
 
 
 def _remember(
@@ -199,43 +189,53 @@ def _remember(
     time: Timeline,
     k: Tensor,
     v: Tensor,
-    memory_position: Tensor,
-    score: Tensor | None,
-    bucket: Tensor | None,
-    sets: KeySets,
+    memory: Memory | None,
+    score_BHL: Tensor | None,
+    table_BHM: Tensor,
 ) -> Memory:
+    """The memory whose slots hold the sources of ``table_BHM``, -1 for none; ``k`` and ``v`` are theirs already."""
+    batch, heads, slots = table_BHM.shape
+    position = time.position_BL[:, None].expand(-1, heads, -1)
+    if memory is not None:
+        position = torch.cat([memory.position, position], 2)
+    empty, source = table_BHM < 0, table_BHM.clamp(min=0)
+    score = k.new_zeros(batch, heads, 0)
+    for region in slot_regions(patterns):
+        if isinstance(region.pattern, KeySelection):
+            assert score_BHL is not None
+            at = slice(region.begin, region.stop)
+            score = score_BHL
+            if memory is not None:
+                score = torch.cat([F.pad(memory.score.detach(), (region.begin, slots - region.stop)), score], 2)
+            score = score.gather(2, source[:, :, at]).masked_fill(empty[:, :, at], 0)
+    return Memory(
+        k=k,
+        v=v,
+        position=position.gather(2, source).masked_fill(empty, -1),
+        score=score,
+        next_position=time.position_BL[:, -1] + 1,
+    )
+
+
+def _remember_all(time: Timeline, k: Tensor, v: Tensor, memory: Memory | None, sets: KeySets) -> Memory:
+    """The memory under ``Full``: as long as the longest segment still open; without resets nothing is forgotten."""
     batch, heads = k.shape[:2]
-    alive = sets.survivors().view(batch, heads, -1)
-    position = torch.cat([memory_position, time.position_BL[:, None].expand(-1, heads, -1)], 2)
-    slots = memory_slots(patterns)
-    if slots is None:  # Full: as many as the longest segment still open; without resets nothing was forgotten
+    position = time.position_BL[:, None].expand(-1, heads, -1)
+    if memory is not None:
+        position = torch.cat([memory.position, position], 2)
+    alive = (sets.death_RS >= time.length).view(batch, heads, -1)
+    if time.resets or time.n_memory:
         slots = int(alive.sum(2).max()) if time.resets else alive.shape[2]
-    if time.resets or time.n_memory or slots != alive.shape[2]:
         order = alive.to(torch.int8).argsort(dim=2, descending=True, stable=True)[..., :slots]
-        alive, position = alive.gather(2, order), position.gather(2, order)
-        k, v = _gather(k, order), _gather(v, order)
-        score = None if score is None else score.gather(2, order)
-        bucket = None if bucket is None else _gather(bucket, order)
-        if missing := slots - order.shape[2]:
-            alive, position = F.pad(alive, (0, missing)), F.pad(position, (0, missing))
-            k, v = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing))
-            score = None if score is None else F.pad(score, (0, missing))
-            bucket = None if bucket is None else F.pad(bucket, (0, 0, 0, missing))
+        alive, position, k, v = alive.gather(2, order), position.gather(2, order), _gather(k, order), _gather(v, order)
     empty = ~alive
     return Memory(
         k=k.masked_fill(empty[..., None], 0),
         v=v.masked_fill(empty[..., None], 0),
         position=position.masked_fill(empty, -1),
-        score=k.new_zeros(batch, heads, 0) if score is None else score.masked_fill(empty, 0),
-        bucket=position.new_zeros(batch, heads, slots, 0)
-        if bucket is None
-        else bucket.masked_fill(empty[..., None], 0),
+        score=k.new_zeros(batch, heads, 0),
         next_position=time.position_BL[:, -1] + 1,
     )
-
-
-def _gather(x_BHSN: Tensor, order_BHM: Tensor) -> Tensor:
-    return x_BHSN.gather(2, order_BHM[..., None].expand(-1, -1, -1, x_BHSN.shape[-1]))
 
 
 def sparse_attention_reference(

@@ -22,7 +22,7 @@ from recollect.ops.lifetimes import CHUNK
 from recollect.ops.patterns import Lsh, Pattern, find, memory_slots
 
 if TYPE_CHECKING:
-    from recollect.ops.sparse_attention import KeySets
+    from recollect.ops.key_sets import KeySets
 
 
 def passes(
@@ -47,7 +47,7 @@ def full(q_RLN: Tensor, k_RSN: Tensor, v_RSP: Tensor, sets: KeySets, scale: floa
     def block(q: Tensor, k: Tensor, v: Tensor, begin: int) -> Partial:
         query = torch.arange(begin, begin + q.shape[1], device=q.device)[:, None]
         sources = k.shape[1]
-        mask = (time.arrival_S[:sources] <= query) & (query < sets.slot_death_RS[:, None, :sources])
+        mask = (time.arrival_S[:sources] <= query) & (query < sets.death_RS[:, None, :sources])
         return attend(q, k, v, mask, scale)
 
     blocks = []
@@ -60,20 +60,21 @@ def full(q_RLN: Tensor, k_RSN: Tensor, v_RSP: Tensor, sets: KeySets, scale: floa
 
 
 def slot_pass(q_RLN: Tensor, k_RSN: Tensor, v_RSP: Tensor, sets: KeySets, slots: int, scale: float) -> Partial:
-    """All patterns that ignore buckets. ``slots``: most keys alive at any time."""
+    """All patterns that ignore buckets. ``slots``: most sources alive at any time, copies of a key counted apart."""
     time = sets.time
     rows, length, d_key = q_RLN.shape
     sources, d_value = v_RSP.shape[1:]
     chunks = -(-length // CHUNK)
     device = q_RLN.device
-    alive = _alive_at_chunk_starts(sets.slot_death_RS, time.arrival_S, chunks, slots)
+    alive = _alive_at_chunk_starts(sets, chunks, slots)
     own = time.n_memory + torch.arange(chunks * CHUNK, device=device).view(1, chunks, CHUNK)
     own = torch.where(own < sources, own, -1).expand(rows, -1, -1)
     source = torch.cat([alive, own], 2)  # (R, chunks, slots + C), -1 where there is none
     flat = (source.clamp(min=0) + sources * torch.arange(rows, device=device)[:, None, None]).flatten()
     query = torch.arange(chunks * CHUNK, device=device).view(1, chunks, CHUNK, 1)
-    death = torch.where(source >= 0, sets.slot_death_RS.flatten()[flat].view_as(source), 0)
-    mask = (time.arrival_S[source.clamp(min=0)][:, :, None] <= query) & (query < death[:, :, None])
+    death = torch.where(source >= 0, sets.death_RS.flatten()[flat].view_as(source), 0)
+    birth = sets.birth_RS.flatten()[flat].view_as(source)
+    mask = (birth[:, :, None] <= query) & (query < death[:, :, None])
     q = torch.nn.functional.pad(q_RLN, (0, 0, 0, chunks * CHUNK - length)).reshape(-1, CHUNK, d_key)
     k = k_RSN.reshape(-1, d_key).index_select(0, flat).view(rows * chunks, -1, d_key)
     v = v_RSP.reshape(-1, d_value).index_select(0, flat).view(rows * chunks, -1, d_value)
@@ -81,17 +82,19 @@ def slot_pass(q_RLN: Tensor, k_RSN: Tensor, v_RSP: Tensor, sets: KeySets, slots:
     return Partial(*(t.view(rows, chunks * CHUNK, -1)[:, :length] for t in partial))
 
 
-def _alive_at_chunk_starts(death_RS: Tensor, arrival_S: Tensor, chunks: int, slots: int) -> Tensor:
-    """Sources that arrived before each chunk and outlive its first query, (R, chunks, slots), padded with -1."""
+def _alive_at_chunk_starts(sets: KeySets, chunks: int, slots: int) -> Tensor:
+    """Sources from before each chunk that some query of it may use, (R, chunks, slots), padded with -1."""
+    death_RS, n_memory = sets.death_RS, sets.time.n_memory
     rows, sources = death_RS.shape
-    first = (arrival_S + CHUNK) // CHUNK
+    # A remembered copy may take over from another one in the middle of a chunk.
+    first = torch.cat([sets.birth_RS[:, :n_memory], sets.birth_RS[:, n_memory:] + CHUNK], 1) // CHUNK
     last = (death_RS - 1).div(CHUNK, rounding_mode="floor")
     count = (last - first + 1).clamp(min=0).flatten()
     source = torch.repeat_interleave(torch.arange(rows * sources, device=death_RS.device), count)
     before = count.cumsum(0) - count
     nth = torch.arange(len(source), device=source.device) - before[source]
     row, column = source // sources, source % sources
-    group = row * chunks + first[column] + nth
+    group = row * chunks + first.flatten()[source] + nth
     order = group.argsort(stable=True)
     group, column = group[order], column[order]
     place = torch.arange(len(group), device=group.device) - _group_starts(group, rows * chunks)[group]
@@ -116,16 +119,14 @@ def bucket_pass(
     scale: float,
 ) -> Partial:
     """Hash round ``r``: keys of the query's bucket, less those that slots or earlier rounds already gave it."""
-    assert sets.q_bucket_RLK is not None
-    assert sets.k_bucket_RSK is not None
-    time = sets.time
+    time, mine = sets.time, sets.rounds[r]
     rows, length, d_key = q_RLN.shape
     sources, d_value = v_RSP.shape[1:]
     tile = _tile_size(length, n_bits)
     groups = rows << n_bits
     row = torch.arange(rows, device=q_RLN.device)[:, None] << n_bits
-    q_group = (row + sets.q_bucket_RLK[..., r]).flatten()
-    k_group = torch.where(sets.round_deaths[r] > 0, row + sets.k_bucket_RSK[..., r], groups).flatten()
+    q_group = (row + mine.q_code_RL).flatten()
+    k_group = torch.where((mine.death_RS > 0) & mine.own_RS, row + mine.code_RS, groups).flatten()
     q_tiles, q_order = _tiles(q_group, groups, tile)
     k_tiles, k_order = _tiles(k_group, groups, tile)
 
@@ -148,13 +149,13 @@ def bucket_pass(
     q_index, k_index = q_tiles.table(q_order, tile), k_tiles.table(k_order, tile)  # (tiles, C) into R*L and R*S
     query = torch.where(q_index >= 0, q_index % length, -2)[pair_q][:, :, None]
     flat = k_index.clamp(min=0)
-    death = torch.where(k_index >= 0, sets.round_deaths[r].flatten()[flat], 0)[pair_k][:, None]
+    death = torch.where(k_index >= 0, mine.death_RS.flatten()[flat], 0)[pair_k][:, None]
     arrived = time.arrival_S[flat % sources][pair_k][:, None] <= query
-    mask = arrived & (query < death) & ~(query < sets.slot_death_RS.flatten()[flat][pair_k][:, None])
-    for earlier in range(r):
-        code_q = sets.q_bucket_RLK[..., earlier].flatten()[q_index.clamp(min=0)][pair_q][:, :, None]
-        code_k = sets.k_bucket_RSK[..., earlier].flatten()[flat][pair_k][:, None]
-        mask &= ~((code_q == code_k) & (query < sets.round_deaths[earlier].flatten()[flat][pair_k][:, None]))
+    mask = arrived & (query < death) & ~(query < sets.until_RS.flatten()[flat][pair_k][:, None])
+    for earlier in sets.rounds[:r]:
+        code_q = earlier.q_code_RL.flatten()[q_index.clamp(min=0)][pair_q][:, :, None]
+        code_k = earlier.code_RS.flatten()[flat][pair_k][:, None]
+        mask &= ~((code_q == code_k) & (query < earlier.death_RS.flatten()[flat][pair_k][:, None]))
 
     q = (q_RLN.reshape(-1, d_key) * scale).index_select(0, q_index.clamp(min=0).flatten()).view(-1, tile, d_key)
     k = k_RSN.reshape(-1, d_key).index_select(0, flat.flatten()).view(-1, tile, d_key)
