@@ -6,6 +6,7 @@ from recollect.core.layer import SequenceLayer
 from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
+from recollect.layers.mamba import Mamba
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
@@ -14,6 +15,7 @@ LAYERS: dict[str, type[SequenceLayer]] = {
     "gru": GRU,
     "attention": Attention,
     "s5": S5,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "sparse": SparseAttention,
     "hax": HAX,
