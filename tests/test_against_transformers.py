@@ -1,8 +1,8 @@
 """`mamba` and `mamba2` against transformers' layers of the same names with the same weights.
 
-transformers takes A and the products of the scan in float32 even when everything else is float64 (Mamba: A only, and
-states whose dtype is the input's; Mamba-2: all of the scan and the norm), so float64 is compared where that can be
-avoided: there ``Tensor.float`` and ``torch.float32`` as its two modules see them mean float64.
+transformers takes parts of a layer in float32 even when everything else is float64: A and B u dt in Mamba, A, the scan
+and the norm in Mamba-2. In the comparison in float64, ``Tensor.float`` and ``torch.float32`` mean float64 to its two
+modules; without that both sides agree to about 1e-6 only.
 """
 
 from __future__ import annotations

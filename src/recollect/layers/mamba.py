@@ -1,4 +1,4 @@
-"""Mamba (arXiv 2312.00752): a diagonal state-space model per channel whose step, input and output depend on the input."""
+"""Mamba (arXiv 2312.00752): a diagonal state-space model per channel; its step, input and output vary with the input."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Mamba(BranchedLayer):
         """``d_inner = expand * d_model`` channels with ``d_state`` numbers each. ``dt_rank`` is the width of the step
         sizes before they are expanded to the channels, None for ``d_model / 16`` rounded up.
 
-        ``d_conv = 0`` leaves the convolution out. Step sizes start log-uniform in [dt_min, dt_max], and their projection
-        is ``dt_scale / sqrt(dt_rank)`` everywhere (``dt_init = "constant"``) or uniform between minus and plus that.
+        ``d_conv = 0`` leaves the convolution out. Step sizes start log-uniform in [dt_min, dt_max]; their projection is
+        ``dt_scale / sqrt(dt_rank)`` everywhere (``dt_init = "constant"``) or uniform between minus and plus that.
         ``init_std`` draws the other projections from a normal distribution; None keeps PyTorch's initialisation.
         """
 

@@ -173,10 +173,11 @@ class Mamba2(BranchedLayer):
     def _inputs(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
         """z, u, B, C, dt and the convolution's next window."""
         config = self.config
-        keys = 2 * config.n_groups * config.d_state
-        z, u, BC, dt = split_linear(x, self.in_proj.weight, (config.d_inner, config.d_inner, keys, config.n_heads))
+        width = 2 * config.n_groups * config.d_state
+        sizes = (config.d_inner, config.d_inner, width, config.n_heads)
+        z, u, keys_and_queries, dt = split_linear(x, self.in_proj.weight, sizes)
         u, window_u = self._convolve(u, window, slice(0, config.d_inner), reset)
-        BC, window_BC = self._convolve(BC, window, slice(config.d_inner, None), reset)
+        BC, window_BC = self._convolve(keys_and_queries, window, slice(config.d_inner, None), reset)
         B, C = BC.unflatten(-1, (2 * config.n_groups, config.d_state)).chunk(2, -2)
         dt = F.softplus(dt.to(accumulator_dtype(dt.dtype)) + self.dt_bias)
         return z, u, B, C, dt, torch.cat([window_u, window_BC], -1)

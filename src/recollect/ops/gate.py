@@ -64,7 +64,9 @@ class _Norm(torch.autograd.Function):
     """``ops.kernels.gate`` with the norm."""
 
     @staticmethod
-    def forward(ctx: Any, module: ModuleType, y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, module: ModuleType, y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float
+    ) -> Tensor:
         y_RE, z_RE = _rows(y, z)
         out = torch.empty_like(y_RE)
         arrays = module.arrays(y_RE, z_RE, weight, out)

@@ -8,7 +8,7 @@ A reset at t empties the state before position t is consumed. Sums are taken in 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,11 @@ def selective_step(
 ) -> tuple[Tensor, Tensor]:
     """One position of ``selective_scan``: y (B, E) and the next state (B, E, N). O(B E N)."""
     dtype = h_BEN.dtype
-    u_BE, dt_BE, A_EN, B_BN, C_BN = (t.to(dtype) for t in (u_BE, dt_BE, A_EN, B_BN, C_BN))
+    u_BE, dt_BE = u_BE.to(dtype), dt_BE.to(dtype)
     dt_BE = F.softplus(dt_BE) if softplus else dt_BE
-    write_BEN = (dt_BE * u_BE).unsqueeze(-1) * B_BN.unsqueeze(1)
-    h_BEN = torch.exp(dt_BE.unsqueeze(-1) * A_EN) * h_BEN + write_BEN
-    y_BE = (h_BEN * C_BN.unsqueeze(1)).sum(-1)
+    write_BEN = (dt_BE * u_BE).unsqueeze(-1) * B_BN.to(dtype).unsqueeze(1)
+    h_BEN = torch.exp(dt_BE.unsqueeze(-1) * A_EN.to(dtype)) * h_BEN + write_BEN
+    y_BE = (h_BEN * C_BN.to(dtype).unsqueeze(1)).sum(-1)
     return (y_BE if D_E is None else y_BE + D_E.to(dtype) * u_BE), h_BEN
 
 
@@ -107,11 +107,15 @@ def _chunked(
     """The diagonal scan over E x N channels, one chunk of states at a time, made again in backward."""
     outputs: list[Tensor] = []
     resets = (None,) * -(-u.shape[1] // CHUNK) if reset is None else reset.split(CHUNK, 1)
-    for part in zip(*(t.split(CHUNK, 1) for t in (u, dt, B, C)), resets, strict=True):
+    parts = zip(*(t.split(CHUNK, 1) for t in (u, dt, B, C)), resets, strict=True)
+    for u_part, dt_part, B_part, C_part, reset_part in parts:
+        given = (u_part, dt_part, B_part, C_part, reset_part, A, h)
         if torch.is_grad_enabled():
-            y, h = checkpoint(_chunk, *part, A, h, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportGeneralTypeIssues]
+            y, h = cast(
+                tuple[Tensor, Tensor], checkpoint(_chunk, *given, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
-            y, h = _chunk(*part, A, h)
+            y, h = _chunk(*given)
         outputs.append(y)
     return torch.addcmul(torch.cat(outputs, 1), u, D), h
 

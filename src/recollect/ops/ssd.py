@@ -8,7 +8,7 @@ A reset at t empties the state before position t is consumed. Sums are taken in 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,14 +114,18 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     length, n_heads, width = x.shape[1:]
     d_state = B.shape[3]
+    keys, queries = B, C
     more_N, more_P = -d_state % 4, -width % 4
     if more_N or more_P:
-        x, B, C = F.pad(x, (0, more_P)), F.pad(B, (0, more_N)), F.pad(C, (0, more_N))
+        x, keys, queries = F.pad(x, (0, more_P)), F.pad(B, (0, more_N)), F.pad(C, (0, more_N))
         h = None if h is None else F.pad(h, (0, more_N, 0, more_P))
     if h is None:
-        h = x.new_zeros(x.shape[0], n_heads, x.shape[3], B.shape[3])
+        h = x.new_zeros(x.shape[0], n_heads, x.shape[3], keys.shape[3])
     size = -(-length // -(-length // chunk_size))
-    y, last = _Fused.apply(module, x, dt, A, B, C, x.new_zeros(n_heads) if D is None else D, h, reset, size + -size % 4)
+    skip = x.new_zeros(n_heads) if D is None else D
+    y, last = cast(
+        tuple[Tensor, Tensor], _Fused.apply(module, x, dt, A, keys, queries, skip, h, reset, size + -size % 4)
+    )
     return (y[..., :width], last[:, :, :width, :d_state]) if more_N or more_P else (y, last)
 
 
@@ -170,9 +174,7 @@ class _Fused(torch.autograd.Function):
         dx, ddt = torch.empty_like(x), torch.empty_like(dt)
         dA, dD = x.new_zeros(batch, n_heads), x.new_zeros(batch, n_heads)
         dB, dC = (t.new_empty(parts, *t.shape) for t in (B, C))
-        arrays = module.arrays(
-            x, dt, A, B, C, D, reset, starts, dy.contiguous(), dstate, dx, ddt, dA, dB, dC, dD
-        )
+        arrays = module.arrays(x, dt, A, B, C, D, reset, starts, dy.contiguous(), dstate, dx, ddt, dA, dB, dC, dD)
         rows = batch * B.shape[2] * parts
         module.over_rows(rows, lambda b, e: module.backward(b, e, parts, size, *arrays))
         dB, dC = (t[0] if parts == 1 else t.sum(0) for t in (dB, dC))

@@ -1,7 +1,7 @@
 """Causal depthwise convolution with SiLU or without, by ranges of time: forward and backward in one pass each.
 
-Units are (batch row, ``SPAN`` positions). Backward makes the convolution's output again, from ``SPAN`` + W - 1 positions,
-so that every unit owns its part of dx; the weights' gradients come one per unit, to be summed in order.
+Units are (batch row, ``SPAN`` positions). Backward makes the convolution's output again, ``SPAN`` + W - 1 positions of
+it, so that every unit owns its part of dx; the weights' gradients come one per unit, to be summed in order.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def gate_backward(begin: int, end: int, y: Array, z: Array, dout: Array, dy: Arr
 def norm_forward(
     begin: int, end: int, n_groups: int, eps: float, y: Array, z: Array, weight: Array, out: Array
 ) -> None:
-    """v = y SiLU(z); out = weight v / sqrt(mean(v^2) + eps), the mean over each of ``n_groups`` equal parts of a row."""
+    """v = y SiLU(z); out = weight v / sqrt(mean(v^2) + eps), the mean over each of ``n_groups`` parts of a row."""
     one = y.dtype.type(1)
     width = y.shape[1] // n_groups
     for row in range(begin * SPAN, min(end * SPAN, y.shape[0])):

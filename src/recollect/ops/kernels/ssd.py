@@ -13,6 +13,8 @@ N and P are multiples of 4, Q of 4; positions past the end count as dt = x = B =
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from recollect.ops.kernels.compiled import Array, arrays, exp, kernel, over_rows
@@ -65,7 +67,7 @@ def _segments(first: Array, reset: Array, b: int, begin: int) -> tuple[int, int]
 @kernel
 def _decays(
     step: Array, log: Array, head: Array, tail: Array, dt: Array, A: Array, b: int, begin: int, h: int, cut: Array
-) -> float:
+) -> Any:
     """dt_q, l_q, e^l_q where the first state is seen, e^(l_end - l_q) where the next one sees q; returns e^l_end."""
     size, length = step.shape[0], dt.shape[1]
     zero = step.dtype.type(0)
