@@ -1,4 +1,4 @@
-"""Mamba (arXiv 2312.00752): a diagonal state-space model per channel; its step, input and output vary with the input."""
+"""Mamba (arXiv 2312.00752): a diagonal state-space model per channel with step, input and output from the input."""
 
 from __future__ import annotations
 
