@@ -8,6 +8,7 @@ from recollect.layers.gated_deltanet import GatedDeltaNet
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.lstm import LSTM
+from recollect.layers.mamba import Mamba
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.mlp import Mlp
 from recollect.layers.mlstm import MLSTM
@@ -21,6 +22,7 @@ LAYERS: dict[str, type[SequenceLayer]] = {
     "attention": Attention,
     "transformer_xl": TransformerXL,
     "s5": S5,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "mlstm": MLSTM,

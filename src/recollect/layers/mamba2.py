@@ -15,8 +15,12 @@ from recollect.core.errors import ConfigError
 from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
 from recollect.core.state import where_reset
 from recollect.ops.conv import causal_conv
+from recollect.ops.gate import gated_rms_norm
+from recollect.ops.projection import split_linear
 from recollect.ops.scan import accumulator_dtype
 from recollect.ops.ssd import ssd, ssd_step
+
+NORM_EPS = 1e-5
 
 
 class Mamba2State(NamedTuple):
@@ -28,7 +32,7 @@ class Mamba2State(NamedTuple):
 
 class Mamba2(BranchedLayer):
     """[z, xBC, dt] = W x; x, B, C = SiLU(conv(xBC)); y = SSD(x, softplus(dt + bias), A, B, C) + D x;
-    output = W_o RMSNorm(y * SiLU(z)).
+    output = W_o RMSNorm(y * SiLU(z)), the norm over the channels of each group.
 
     Parameters carry the names of the public checkpoints. O(L (Q + N) E) time with chunks of Q; E N reals of state per
     row, kept in at least float32, and the convolution's window.
@@ -118,7 +122,7 @@ class Mamba2(BranchedLayer):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.log(1 + 15 * torch.rand(config.n_heads)))
         self.D = nn.Parameter(torch.ones(config.n_heads))
-        self.norm = nn.RMSNorm(config.d_inner, eps=1e-5)
+        self.norm = nn.RMSNorm(config.d_inner, eps=NORM_EPS)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
         if config.init_std is not None:
             nn.init.normal_(self.in_proj.weight, std=config.init_std)
@@ -138,10 +142,8 @@ class Mamba2(BranchedLayer):
         self, x: Tensor, state: Mamba2State | None = None, *, reset: Tensor | None = None, branch: Branch | None = None
     ) -> LayerOut:
         config = self.config
-        z_BLE, xBC, dt_BLH = self._project(x)
         window = self.state_like(x).conv if state is None else state.conv
-        xBC, window = self._convolve(xBC, window, reset)
-        u_BLE, B_BLGN, C_BLGN = self._split(xBC)
+        z_BLE, u_BLE, B_BLGN, C_BLGN, dt_BLH, window = self._inputs(x, window, reset)
         y_BLHP, ssm = ssd(
             u_BLE.unflatten(-1, (config.n_heads, config.d_head)),
             dt_BLH,
@@ -161,33 +163,37 @@ class Mamba2(BranchedLayer):
         config = self.config
         if reset is not None:
             state = where_reset(reset, self.state_like(x), state)
-        z_BE, xBC, dt_BH = self._project(x)
-        xBC, window = self._convolve(xBC.unsqueeze(1), state.conv, None)
-        u_BE, B_BGN, C_BGN = self._split(xBC.squeeze(1))
+        *activations, window = self._inputs(x.unsqueeze(1), state.conv, None)
+        z_BE, u_BE, B_BGN, C_BGN, dt_BH = (t.squeeze(1) for t in activations)
         A_H = -torch.exp(self.A_log.to(state.ssm.dtype))
         x_BHP = u_BE.unflatten(-1, (config.n_heads, config.d_head))
         y_BHP, ssm = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, self.D, state.ssm)
         return self._emit(y_BHP, u_BE, z_BE, branch), Mamba2State(window, ssm)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
+        """z, u, B, C, dt and the convolution's next window."""
         config = self.config
-        z, xBC, dt = self.in_proj(x).split([config.d_inner, config.conv_width, config.n_heads], -1)
-        return z, xBC, F.softplus(dt.to(accumulator_dtype(dt.dtype)) + self.dt_bias)
+        width = 2 * config.n_groups * config.d_state
+        sizes = (config.d_inner, config.d_inner, width, config.n_heads)
+        z, u, keys_and_queries, dt = split_linear(x, self.in_proj.weight, sizes)
+        u, window_u = self._convolve(u, window, slice(0, config.d_inner), reset)
+        BC, window_BC = self._convolve(keys_and_queries, window, slice(config.d_inner, None), reset)
+        B, C = BC.unflatten(-1, (2 * config.n_groups, config.d_state)).chunk(2, -2)
+        dt = F.softplus(dt.to(accumulator_dtype(dt.dtype)) + self.dt_bias)
+        return z, u, B, C, dt, torch.cat([window_u, window_BC], -1)
 
-    def _convolve(self, xBC: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.conv1d is not None:
-            assert self.conv1d.bias is not None
-            xBC, window = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, reset=reset)
-        return F.silu(xBC), window
-
-    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        keys = config.n_groups * config.d_state
-        u, B, C = xBC.split([config.d_inner, keys, keys], -1)
-        return u, B.unflatten(-1, (config.n_groups, -1)), C.unflatten(-1, (config.n_groups, -1))
+    def _convolve(self, x: Tensor, window: Tensor, part: slice, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """SiLU of the convolution of the channels ``part``; the convolution is depthwise, so they need no others."""
+        window = window[..., part]
+        if self.conv1d is None:
+            return F.silu(x), window
+        assert self.conv1d.bias is not None
+        weight, bias = self.conv1d.weight.squeeze(1)[part], self.conv1d.bias[part]
+        return causal_conv(x, weight, bias, window, reset=reset, silu=True)
 
     def _emit(self, y_heads: Tensor, u: Tensor, z: Tensor, branch: Branch | None) -> Tensor:
         y = y_heads.flatten(-2).to(u.dtype)
         if branch is not None:
             y = y + branch(u)
-        return self.out_proj(self.norm(y * F.silu(z)))
+        groups = self.config.n_groups
+        return self.out_proj(gated_rms_norm(y, z, self.norm.weight, n_groups=groups, eps=NORM_EPS))

@@ -7,13 +7,15 @@ A reset at t empties the state before position t is consumed. Sums are taken in 
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recollect.ops import dispatch
 from recollect.ops.scan import accumulator_dtype
 
 
@@ -83,11 +85,100 @@ def ssd(
     group share them); D (H,) skip; h_init (B, H, P, N), None for zero; reset (B, L) bool. Any L >= 1.
 
     The sequence is cut into equal chunks of at most ``chunk_size`` positions Q: quadratic attention with decays inside,
-    one state per chunk between. Time O(B L H (Q P + P N)), memory O(B L H (Q + P N / Q)). First derivatives only.
+    one state per chunk between. Time O(B L H (Q P + P N)), memory O(B L H (Q + P N / Q)); a compiled kernel
+    (``ops.dispatch``) keeps the (Q, Q) arrays in cache, which leaves O(B L H P N / Q). First derivatives only.
     """
     # Mixed-precision autocast would take the products in half precision.
     with torch.autocast(x_BLHP.device.type, enabled=False):
-        return _chunked(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, h_init, reset, chunk_size)
+        dtype = accumulator_dtype(x_BLHP.dtype)
+        x, dt, A, B, C = (t.to(dtype) for t in (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN))
+        D = None if D_H is None else D_H.to(dtype)
+        h = None if h_init is None else h_init.to(dtype)
+        module = dispatch.kernels("ssd", x, dt, A, B, C)
+        if module is None:
+            return _chunked(x, dt, A, B, C, D, h, reset, chunk_size)
+        return _fused(module, x, dt, A, B, C, D, h, reset, chunk_size)
+
+
+def _fused(
+    module: ModuleType,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h: Tensor | None,
+    reset: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    length, n_heads, width = x.shape[1:]
+    d_state = B.shape[3]
+    keys, queries = B, C
+    more_N, more_P = -d_state % 4, -width % 4
+    if more_N or more_P:
+        x, keys, queries = F.pad(x, (0, more_P)), F.pad(B, (0, more_N)), F.pad(C, (0, more_N))
+        h = None if h is None else F.pad(h, (0, more_N, 0, more_P))
+    if h is None:
+        h = x.new_zeros(x.shape[0], n_heads, x.shape[3], keys.shape[3])
+    size = -(-length // -(-length // chunk_size))
+    skip = x.new_zeros(n_heads) if D is None else D
+    y, last = cast(
+        tuple[Tensor, Tensor], _Fused.apply(module, x, dt, A, keys, queries, skip, h, reset, size + -size % 4)
+    )
+    return (y[..., :width], last[:, :, :width, :d_state]) if more_N or more_P else (y, last)
+
+
+class _Fused(torch.autograd.Function):
+    """``ops.kernels.ssd``: states at the starts of chunks are kept for backward, everything else is made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: ModuleType,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        h: Tensor,
+        reset: Tensor | None,
+        size: int,
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, n_heads, width = x.shape
+        n_groups, d_state = B.shape[2:]
+        # Shares of a group's heads give few rows of a batch something to do on every thread; they depend on sizes only.
+        parts = min(n_heads // n_groups, -(-8 // (batch * n_groups)))
+        given = [t.contiguous() for t in (x, dt, A, B, C, D)]
+        given.append(torch.zeros(0, 0, dtype=torch.bool) if reset is None else reset.contiguous())
+        state = h.mT.clone(memory_format=torch.contiguous_format)
+        n_kept = -(-length // size) if any(ctx.needs_input_grad) else 0
+        starts = x.new_empty(batch, n_kept, n_heads, d_state, width)
+        y = torch.empty_like(given[0])
+        arrays = module.arrays(*given, state, y, starts)
+        module.over_rows(batch * n_groups * parts, lambda b, e: module.forward(b, e, parts, size, *arrays))
+        ctx.save_for_backward(*given, starts)
+        ctx.module, ctx.parts, ctx.size = module, parts, size
+        return y, state.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dy: Tensor, dlast: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        module, parts, size = ctx.module, ctx.parts, ctx.size
+        x, dt, A, B, C, D, reset, starts = ctx.saved_tensors
+        batch, _, n_heads, _ = x.shape
+        dstate = dlast.mT.clone(memory_format=torch.contiguous_format)
+        dx, ddt = torch.empty_like(x), torch.empty_like(dt)
+        dA, dD = x.new_zeros(batch, n_heads), x.new_zeros(batch, n_heads)
+        dB, dC = (t.new_empty(parts, *t.shape) for t in (B, C))
+        arrays = module.arrays(x, dt, A, B, C, D, reset, starts, dy.contiguous(), dstate, dx, ddt, dA, dB, dC, dD)
+        rows = batch * B.shape[2] * parts
+        module.over_rows(rows, lambda b, e: module.backward(b, e, parts, size, *arrays))
+        dB, dC = (t[0] if parts == 1 else t.sum(0) for t in (dB, dC))
+        return None, dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dstate.mT, None, None
 
 
 def _chunked(
