@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from recollect.core.layer import SequenceLayer
 from recollect.layers.attention import Attention
+from recollect.layers.dss import DSS
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.mamba2 import Mamba2
+from recollect.layers.s4 import S4
+from recollect.layers.s4d import S4D
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
 
 LAYERS: dict[str, type[SequenceLayer]] = {
     "gru": GRU,
     "attention": Attention,
+    "s4": S4,
+    "s4d": S4D,
+    "dss": DSS,
     "s5": S5,
     "mamba2": Mamba2,
     "sparse": SparseAttention,

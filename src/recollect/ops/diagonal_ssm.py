@@ -11,19 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect.ops import dispatch
 from recollect.ops.chunking import any_reset, chunk_size_for
+from recollect.ops.lanes import from_lanes, to_lanes
 from recollect.ops.lti import Basis, chunked_ssm
 from recollect.ops.scan import accumulator_dtype
 
 
-def diagonal_ssm_step(
-    u_BD: Tensor, a_DP: Tensor, c_DP: Tensor, skip_D: Tensor, h_BDP: Tensor
-) -> tuple[Tensor, Tensor]:
+def diagonal_ssm_step(u_BD: Tensor, a_DP: Tensor, c_DP: Tensor, skip_D: Tensor, h_BDP: Tensor) -> tuple[Tensor, Tensor]:
     """One position: y (B, D) and the next state, complex (B, D, P). O(B D P)."""
     h_BDP = a_DP * h_BDP + u_BD.unsqueeze(-1).to(h_BDP.real.dtype)
     return (c_DP * h_BDP).sum(-1).real + skip_D * u_BD, h_BDP
@@ -118,15 +116,15 @@ class _Compiled(torch.autograd.Function):
         u = u.contiguous()
         lanes = kernels.LANES
         resets = u.new_zeros(u.shape[0], 0, dtype=torch.bool) if reset is None else reset
-        system = _to_lanes(torch.cat([a, k], -1), lanes)
-        skips = _to_lanes(skip[:, None, None], lanes)[:, 0, 0]
-        starts = _to_lanes(start, lanes)
+        system = to_lanes(torch.cat([a, k], -1), lanes)
+        skips = to_lanes(skip[:, None, None], lanes)[:, 0, 0]
+        starts = to_lanes(start, lanes)
         y, last = torch.empty_like(u), torch.empty_like(starts)
         given = arrays(u, resets, system, skips, starts, y, last)
         over_rows(system.shape[0], lambda begin, end: kernels.forward(begin, end, *given))
         ctx.save_for_backward(u, resets, system, skips, starts)
         ctx.set_materialize_grads(False)
-        return y, _from_lanes(last, u.shape[2])
+        return y, from_lanes(last, u.shape[2])
 
     @staticmethod
     @once_differentiable
@@ -142,7 +140,7 @@ class _Compiled(torch.autograd.Function):
             # The adjoint of the last state obeys the same recurrence from another end: reads of weight 1 and no dy.
             plain = system.clone()
             plain[:, :, 2], plain[:, :, 3] = 1, 0
-            end = _to_lanes(dlast, starts.shape[-1])
+            end = to_lanes(dlast, starts.shape[-1])
             found = _adjoint(u, torch.zeros_like(u), resets, plain, torch.zeros_like(skips), starts, end)
             found[1][..., 2:, :] = 0
             total = found if total is None else [one + other for one, other in zip(total, found, strict=True)]
@@ -150,8 +148,8 @@ class _Compiled(torch.autograd.Function):
             return None, None, None, None, None, None
         du, dsystem, dskip, dstart = total
         width = u.shape[2]
-        parts = _from_lanes(dsystem, width).sum(0)
-        return du, parts[..., :2], parts[..., 2:], dskip.sum(0).flatten()[:width], _from_lanes(dstart, width), None
+        parts = from_lanes(dsystem, width).sum(0)
+        return du, parts[..., :2], parts[..., 2:], dskip.sum(0).flatten()[:width], from_lanes(dstart, width), None
 
 
 def _adjoint(
@@ -167,15 +165,3 @@ def _adjoint(
     given = arrays(u, dy, resets, system, skips, starts, end, *found)
     over_rows(system.shape[0], lambda begin, stop: kernels.backward(begin, stop, *given))
     return found
-
-
-def _to_lanes(t: Tensor, lanes: int) -> Tensor:
-    """(..., D, P, parts) to (..., blocks, P, parts, lanes), with zeros beyond the last channel."""
-    width = t.shape[-3]
-    blocks = -(-width // lanes)
-    t = F.pad(t, (0, 0, 0, 0, 0, blocks * lanes - width))
-    return t.unflatten(-3, (blocks, lanes)).movedim(-3, -1).contiguous()
-
-
-def _from_lanes(t: Tensor, width: int) -> Tensor:
-    return t.movedim(-1, -3).flatten(-4, -3)[..., :width, :, :]

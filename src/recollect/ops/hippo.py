@@ -1,8 +1,8 @@
 """HiPPO-LegS and what state-space models start from: its matrices, its normal part, and simpler diagonals.
 
 A = S - 1/2 - p p^T with S skew-symmetric and p_n = sqrt(n + 1/2) (S4, arXiv 2111.00396, appendix C.1; S5, arXiv
-2208.04933, B.1.1). S - 1/2 is normal: a unitary V diagonalises it, and its eigenvalues come in conjugate pairs, of which
-the one above the real axis is kept. Everything is computed in float64.
+2208.04933, B.1.1). S - 1/2 is normal: a unitary V diagonalises it, and its eigenvalues come in conjugate pairs, of
+which the one above the real axis is kept. Everything is computed in float64.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Time-invariant state-space models in chunks of matrix products: h_t = A h_{t-1} + b u_t, y_t = c . h_t per channel.
 
 Inside a chunk of Q positions y = T u + O h, with T the Toeplitz matrix of the first Q taps c . A^j b and O the reads
-c . A^{q+1} of the state h before the chunk; the chunk writes sum_q A^{Q-1-q} b u_q into its end state. All chunks of all
-rows share these matrices, one set per channel. Rows multiply from the left here: a state is a row vector, and A acts as
-h A^T. Resets are rows of ``ops.chunking``; sums are exactly causal.
+c . A^{q+1} of the state h before the chunk; the chunk writes sum_q A^{Q-1-q} b u_q into its end state. All chunks of
+all rows share these matrices, one set per channel. A state is a row vector here, and A acts as h A^T. Resets
+are rows of ``ops.chunking``; sums are exactly causal.
 """
 
 from __future__ import annotations
@@ -43,65 +43,77 @@ class Basis(ABC):
         """A^Q: complex (D, N/2) where A is diagonal, else real (D, N, N) to multiply a row vector with."""
 
 
-def chunked_ssm(
-    u_BLD: Tensor, basis: Basis, h_init: Tensor, *, reset: Tensor | None = None, convolved: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def chunked_ssm(u_BLD: Tensor, basis: Basis, h_init: Tensor, *, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y (B, L, D) and the last state (D, B, N) for u (B, L, D) and h_init (D, B, N), in the dtype of ``basis``.
 
-    ``convolved`` (B, L, D) replaces the part of y that comes from u: then only the state's part is computed here.
     Time O(B L D (Q + N)), memory O(B L D (1 + N / Q)).
     """
-    length, size = u_BLD.shape[1], basis.size
-    whole = length // size * size
     outputs: list[Tensor] = []
     h_DBN = h_init
-    for begin, end in ((0, whole), (whole, length)):
-        if begin < end:
-            part = slice(begin, end)
-            layout = None if reset is None else reset_rows(reset[:, part], min(size, end - begin))
-            y, h_DBN = _equal_chunks(u_BLD[:, part], basis, h_DBN, layout, convolve=convolved is None)
-            outputs.append(y)
-    y_BLD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    return (y_BLD if convolved is None else y_BLD + convolved), h_DBN
+    for part in _parts(u_BLD.shape[1], basis.size):
+        size = min(basis.size, part.stop - part.start)
+        layout = None if reset is None else reset_rows(reset[:, part], size)
+        y, h_DBN = _equal_chunks(u_BLD[:, part], basis, h_DBN, layout)
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), h_DBN
 
 
-def _equal_chunks(
-    u_BLD: Tensor, basis: Basis, h_DBN: Tensor, layout: ResetRows | None, *, convolve: bool
-) -> tuple[Tensor, Tensor]:
+def last_state(u_BLD: Tensor, basis: Basis, h_init: Tensor) -> Tensor:
+    """The last state of ``chunked_ssm`` alone, without resets."""
+    h_DBN = h_init
+    for part in _parts(u_BLD.shape[1], basis.size):
+        u_DMQ, batch = _in_chunks(u_BLD[:, part], basis.size)
+        write_DMN = u_DMQ @ basis.writes[:, : u_DMQ.shape[2]].flip(1)
+        _, h_DBN = _carry(write_DMN.unflatten(1, (batch, -1)), basis, u_DMQ.shape[2], h_DBN, None)
+    return h_DBN
+
+
+def free_response(basis: Basis, h_init: Tensor, length: int) -> Tensor:
+    """What ``chunked_ssm`` gives for no input, (B, L, D): the part of the output that comes from the state."""
+    outputs: list[Tensor] = []
+    h_DBN = h_init
+    width, batch, d_state = h_init.shape
+    for part in _parts(length, basis.size):
+        size = min(basis.size, part.stop - part.start)
+        no_write = h_init.new_zeros(()).expand(width, batch, (part.stop - part.start) // size, d_state)
+        starts_DBCN, h_DBN = _carry(no_write, basis, size, h_DBN, None)
+        y_DMQ = starts_DBCN.flatten(1, 2) @ basis.reads[:, :, :size]
+        outputs.append(_in_time(y_DMQ, batch))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    """All whole chunks, then what is left."""
+    whole = length // size * size
+    return [slice(begin, end) for begin, end in ((0, whole), (whole, length)) if begin < end]
+
+
+def _in_chunks(u_BLD: Tensor, size: int) -> tuple[Tensor, int]:
     batch, length, width = u_BLD.shape
-    size = min(length, basis.size)
-    n_chunks = length // size
-    u_DMQ = u_BLD.permute(2, 0, 1).contiguous().view(width, batch * n_chunks, size)
+    return u_BLD.permute(2, 0, 1).contiguous().view(width, -1, min(size, length)), batch
+
+
+def _in_time(y_DMQ: Tensor, batch: int) -> Tensor:
+    return y_DMQ.view(y_DMQ.shape[0], batch, -1).permute(1, 2, 0).contiguous()
+
+
+def _equal_chunks(u_BLD: Tensor, basis: Basis, h_DBN: Tensor, layout: ResetRows | None) -> tuple[Tensor, Tensor]:
+    u_DMQ, batch = _in_chunks(u_BLD, basis.size)
+    size = u_DMQ.shape[2]
+    toeplitz_DQQ: Tensor = _Toeplitz.apply(basis.taps[:, :size])  # pyright: ignore[reportAssignmentType]
     writes_DQN = basis.writes[:, :size].flip(1)
     write_DMN = u_DMQ @ writes_DQN
-    rows_DKQ: Tensor | None = None
+    rows_DKQ = u_DMQ
     if layout is not None:
         rows_DKQ = torch.where(layout.input, u_DMQ.index_select(1, layout.chunk), 0)
         closing_DKN = rows_DKQ.index_select(1, layout.closing) @ writes_DQN
         write_DMN = write_DMN.index_copy(1, layout.chunk[layout.closing], closing_DKN)
-    write_DBCN = write_DMN.view(width, batch, n_chunks, -1)
-    restart, cut = (None, None) if layout is None else (layout.restart, layout.cut)
-    if n_chunks == 1:
-        start_DBN = h_DBN if restart is None else torch.where(restart[:, :1], 0, h_DBN)
-        moved_DBN = basis.advance(start_DBN, size)
-        moved_DBN = moved_DBN if cut is None else torch.where(cut[:, :1], 0, moved_DBN)
-        starts_DMN, h_DBN = start_DBN, moved_DBN + write_DBCN[:, :, 0]
-    elif convolve:
-        starts_DBCN, h_DBN = _carry(write_DBCN, basis.power, h_DBN, restart, cut)
-        starts_DMN = starts_DBCN.flatten(1, 2)
-    else:
-        # The convolution has the inputs' part already: what is read are states that saw no input.
-        starts_DBCN, _ = _carry(torch.zeros_like(write_DBCN), basis.power, h_DBN, restart, cut)
-        starts_DMN = starts_DBCN.flatten(1, 2)
-        _, h_DBN = _carry(write_DBCN, basis.power, h_DBN, restart, cut)
-    y_DMQ = starts_DMN @ basis.reads[:, :, :size]
-    if convolve:
-        toeplitz_DQQ: Tensor = _Toeplitz.apply(basis.taps[:, :size])  # pyright: ignore[reportAssignmentType]
-        y_DMQ = torch.baddbmm(y_DMQ, u_DMQ, toeplitz_DQQ)
-        if layout is not None and rows_DKQ is not None:
-            after_DKQ = torch.where(layout.output, rows_DKQ @ toeplitz_DQQ, 0)
-            y_DMQ = torch.where(layout.before, y_DMQ, 0).index_add(1, layout.chunk, after_DKQ)
-    return y_DMQ.view(width, batch, length).permute(1, 2, 0).contiguous(), h_DBN
+    starts_DBCN, h_DBN = _carry(write_DMN.unflatten(1, (batch, -1)), basis, size, h_DBN, layout)
+    y_DMQ = torch.baddbmm(starts_DBCN.flatten(1, 2) @ basis.reads[:, :, :size], u_DMQ, toeplitz_DQQ)
+    if layout is not None:
+        after_DKQ = torch.where(layout.output, rows_DKQ @ toeplitz_DQQ, 0)
+        y_DMQ = torch.where(layout.before, y_DMQ, 0).index_add(1, layout.chunk, after_DKQ)
+    return _in_time(y_DMQ, batch), h_DBN
 
 
 class _Toeplitz(torch.autograd.Function):
@@ -129,15 +141,21 @@ class _Toeplitz(torch.autograd.Function):
 
 
 def _carry(
-    write_DBCN: Tensor, power: Tensor, h_DBN: Tensor, restart: Tensor | None, cut: Tensor | None
+    write_DBCN: Tensor, basis: Basis, size: int, h_DBN: Tensor, layout: ResetRows | None
 ) -> tuple[Tensor, Tensor]:
-    """States before every chunk (D, B, C, N), and the last one: h' = A^Q h + write, chunk after chunk."""
-    out: tuple[Tensor, Tensor] = _Carry.apply(write_DBCN, power, h_DBN, restart, cut)  # pyright: ignore[reportAssignmentType]
+    """States before every chunk (D, B, C, N), and the last one: h' = A^size h + write, chunk after chunk."""
+    restart, cut = (None, None) if layout is None else (layout.restart, layout.cut)
+    if write_DBCN.shape[2] == 1:
+        start_DBN = _masked(h_DBN, restart, 0)
+        h_DBN = _masked(basis.advance(start_DBN, size), cut, 0) + write_DBCN[:, :, 0]
+        return start_DBN.unsqueeze(2), h_DBN
+    assert size == basis.size
+    out: tuple[Tensor, Tensor] = _Carry.apply(write_DBCN, basis.power, h_DBN, restart, cut)  # pyright: ignore[reportAssignmentType]
     return out
 
 
 class _Carry(torch.autograd.Function):
-    """The recurrence over chunks and its adjoint; ``restart`` empties the state a chunk reads, ``cut`` what it passes."""
+    """Over chunks, and its adjoint; ``restart`` empties the state a chunk reads, ``cut`` what passes through it."""
 
     @staticmethod
     def forward(
