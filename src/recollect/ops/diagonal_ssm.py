@@ -8,6 +8,7 @@ A reset at t empties the state before position t is consumed. Sums are taken in 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -109,8 +110,6 @@ class _Compiled(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, a: Tensor, k: Tensor, skip: Tensor, start: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        from recollect.ops.kernels.compiled import arrays, over_rows
-
         kernels = dispatch.kernels("diagonal_ssm", u)
         assert kernels is not None
         u = u.contiguous()
@@ -120,8 +119,8 @@ class _Compiled(torch.autograd.Function):
         skips = to_lanes(skip[:, None, None], lanes)[:, 0, 0]
         starts = to_lanes(start, lanes)
         y, last = torch.empty_like(u), torch.empty_like(starts)
-        given = arrays(u, resets, system, skips, starts, y, last)
-        over_rows(system.shape[0], lambda begin, end: kernels.forward(begin, end, *given))
+        kernels.run_forward(system.shape[0], u, resets, system, skips, starts, y, last)
+        ctx.kernels = kernels
         ctx.save_for_backward(u, resets, system, skips, starts)
         ctx.set_materialize_grads(False)
         return y, from_lanes(last, u.shape[2])
@@ -135,13 +134,13 @@ class _Compiled(torch.autograd.Function):
         dy, dlast = grad_outputs
         total: list[Tensor] | None = None
         if dy is not None:
-            total = _adjoint(u, dy, resets, system, skips, starts, torch.zeros_like(starts))
+            total = _adjoint(ctx.kernels, u, dy, resets, system, skips, starts, torch.zeros_like(starts))
         if dlast is not None:
             # The adjoint of the last state obeys the same recurrence from another end: reads of weight 1 and no dy.
             plain = system.clone()
             plain[:, :, 2], plain[:, :, 3] = 1, 0
             end = to_lanes(dlast, starts.shape[-1])
-            found = _adjoint(u, torch.zeros_like(u), resets, plain, torch.zeros_like(skips), starts, end)
+            found = _adjoint(ctx.kernels, u, torch.zeros_like(u), resets, plain, torch.zeros_like(skips), starts, end)
             found[1][..., 2:, :] = 0
             total = found if total is None else [one + other for one, other in zip(total, found, strict=True)]
         if total is None:
@@ -153,15 +152,17 @@ class _Compiled(torch.autograd.Function):
 
 
 def _adjoint(
-    u: Tensor, dy: Tensor, resets: Tensor, system: Tensor, skips: Tensor, starts: Tensor, end: Tensor
+    kernels: ModuleType,
+    u: Tensor,
+    dy: Tensor,
+    resets: Tensor,
+    system: Tensor,
+    skips: Tensor,
+    starts: Tensor,
+    end: Tensor,
 ) -> list[Tensor]:
-    from recollect.ops.kernels.compiled import arrays, over_rows
-
-    kernels = dispatch.kernels("diagonal_ssm", u)
-    assert kernels is not None
     batch = u.shape[0]
     found = [torch.empty_like(u), system.new_empty(batch, *system.shape), skips.new_empty(batch, *skips.shape)]
     found.append(torch.empty_like(starts))
-    given = arrays(u, dy, resets, system, skips, starts, end, *found)
-    over_rows(system.shape[0], lambda begin, stop: kernels.backward(begin, stop, *given))
+    kernels.run_backward(system.shape[0], u, dy, resets, system, skips, starts, end, *found)
     return found

@@ -65,8 +65,6 @@ class _Compiled(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, parts: Tensor, skip: Tensor, start: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        from recollect.ops.kernels.compiled import arrays, over_rows
-
         kernels = dispatch.kernels("dplr_ssm", u)
         assert kernels is not None
         u, lanes = u.contiguous(), kernels.LANES
@@ -78,8 +76,8 @@ class _Compiled(torch.autograd.Function):
         n_kept = -(-length // kernels.STRETCH) if any(ctx.needs_input_grad) else 0
         kept = u.new_empty(batch, n_blocks, n_kept, n_pairs, 2 * lanes)
         y, last = torch.empty_like(u), torch.empty_like(starts)
-        given = arrays(u, resets, system, skips, starts, y, last, kept)
-        over_rows(n_blocks, lambda begin, end: kernels.forward(begin, end, *given))
+        kernels.run_forward(n_blocks, u, resets, system, skips, starts, y, last, kept)
+        ctx.kernels = kernels
         ctx.save_for_backward(u, resets, system, skips, kept)
         return y, from_lanes(last, u.shape[2])
 
@@ -88,15 +86,11 @@ class _Compiled(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        from recollect.ops.kernels.compiled import arrays, over_rows
-
         u, resets, system, skips, kept = ctx.saved_tensors
-        kernels = dispatch.kernels("dplr_ssm", u)
-        assert kernels is not None
         batch, width = u.shape[0], u.shape[2]
-        end = to_lanes(grad_outputs[1], kernels.LANES)
+        end = to_lanes(grad_outputs[1], ctx.kernels.LANES)
         du, dsystem = torch.empty_like(u), system.new_empty(batch, *system.shape)
         dskip, dstart = skips.new_empty(batch, *skips.shape), torch.empty_like(end)
-        given = arrays(u, grad_outputs[0], resets, system, skips, kept, end, du, dsystem, dskip, dstart)
-        over_rows(system.shape[0], lambda begin, stop: kernels.backward(begin, stop, *given))
+        given = (u, grad_outputs[0], resets, system, skips, kept, end, du, dsystem, dskip, dstart)
+        ctx.kernels.run_backward(system.shape[0], *given)
         return du, from_lanes(dsystem.sum(0), width), dskip.sum(0).flatten()[:width], from_lanes(dstart, width), None

@@ -13,11 +13,24 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from torch import Tensor
 
-from recollect.ops.kernels.compiled import Array, kernel
+from recollect.ops.kernels.compiled import Array, arrays, kernel, over_rows
 
 LANES: Final = 16
 STRETCH: Final = 32
+
+
+def run_forward(n_blocks: int, *tensors: Tensor) -> None:
+    """``forward`` over all blocks."""
+    given = arrays(*tensors)
+    over_rows(n_blocks, lambda begin, end: forward(begin, end, *given))
+
+
+def run_backward(n_blocks: int, *tensors: Tensor) -> None:
+    """``backward`` over all blocks."""
+    given = arrays(*tensors)
+    over_rows(n_blocks, lambda begin, end: backward(begin, end, *given))
 
 
 @kernel
