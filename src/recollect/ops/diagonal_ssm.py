@@ -58,7 +58,7 @@ def diagonal_ssm(
     u (B, L, D) real; a, c (D, P) complex with |a| <= 1; skip (D,); h_init (B, D, P, 2), real and imaginary parts; reset
     (B, L) bool. Any L >= 1. First derivatives only.
 
-    On a CPU a compiled loop over the positions keeps the states of 32 channels in the nearest cache: time O(B L D P),
+    On a CPU a compiled loop over the positions keeps the states of 64 channels in the nearest caches: time O(B L D P),
     memory O(B L D), and backward needs no states. Elsewhere ``ops.lti`` in chunks of ``chunk_size``.
     """
     dtype = accumulator_dtype(u_BLD.dtype)
