@@ -15,7 +15,7 @@ from recollect.layers.dss import DSS
 from recollect.layers.s4d import S4D
 from recollect.ops import dispatch
 from recollect.ops.chunking import chunk_size_for, reset_rows
-from recollect.ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_reference
+from recollect.ops.siso_ssm import siso_ssm, siso_ssm_reference
 from recollect.ops.hippo import diagonal, legs, legs_dplr, legs_normal
 
 LENGTHS = (1, 63, 64, 65, 1000)
@@ -78,13 +78,13 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def test_diagonal_equals_reference(length: int, width: int, pairs: int) -> None:
     given = inputs(length, width, pairs)
     for reset in (None, resets(3, length)):
-        expected = run(diagonal_ssm_reference, given, reset=reset)
-        assert_near(run(diagonal_ssm, given, reset=reset), expected)
+        expected = run(siso_ssm_reference, given, reset=reset)
+        assert_near(run(siso_ssm, given, reset=reset), expected)
     if length < 1000:
-        expected = run(diagonal_ssm_reference, given, last_weight=0.0)
-        assert_near(run(diagonal_ssm, given, last_weight=0.0), expected)
+        expected = run(siso_ssm_reference, given, last_weight=0.0)
+        assert_near(run(siso_ssm, given, last_weight=0.0), expected)
         nothing = torch.zeros(3, length, dtype=torch.bool)
-        assert_near(run(diagonal_ssm, given, reset=nothing), run(diagonal_ssm_reference, given))
+        assert_near(run(siso_ssm, given, reset=nothing), run(siso_ssm_reference, given))
 
 
 @pytest.mark.usefixtures("_kernels")
@@ -92,17 +92,17 @@ def test_resets_at_every_position() -> None:
     given = inputs(70, 3, 2)
     reset = torch.ones(3, 70, dtype=torch.bool)
     reset[1, ::2] = False
-    assert_near(run(diagonal_ssm, given, reset=reset), run(diagonal_ssm_reference, given, reset=reset))
+    assert_near(run(siso_ssm, given, reset=reset), run(siso_ssm_reference, given, reset=reset))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_a_bit(threads: int) -> None:
     given = inputs(50, 70, 3)
-    alone = run(diagonal_ssm, given)
+    alone = run(siso_ssm, given)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name, value in run(diagonal_ssm, given).items():
+        for name, value in run(siso_ssm, given).items():
             assert torch.equal(value, alone[name]), name
     finally:
         torch.set_num_threads(before)
@@ -111,10 +111,10 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
 @pytest.mark.usefixtures("_kernels")
 def test_half_precision_is_summed_in_single() -> None:
     given = {k: v.to(torch.complex64 if v.is_complex() else torch.float32) for k, v in inputs(65, 3, 2).items()}
-    expected, _ = diagonal_ssm(**given)
+    expected, _ = siso_ssm(**given)
     half = {k: v if v.is_complex() else v.bfloat16() for k, v in given.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        y, last = diagonal_ssm(**half)
+        y, last = siso_ssm(**half)
     assert (y.dtype, last.dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(y, expected, rtol=0.1, atol=0.3)
 
@@ -125,7 +125,7 @@ def test_a_sum_that_overflowed_is_forgotten_at_a_reset() -> None:
     given["h_init"][0] = torch.inf
     reset = torch.zeros(3, 40, dtype=torch.bool)
     reset[0, 20] = True
-    y, last = diagonal_ssm(**given, reset=reset, chunk_size=16)
+    y, last = siso_ssm(**given, reset=reset, chunk_size=16)
     assert y[0, 20:].isfinite().all()
     assert last.isfinite().all()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
 from recollect.layers.channelwise import ChannelConfig, ChannelSSM, as_complex128, per_channel
-from recollect.ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
+from recollect.ops.siso_ssm import siso_ssm, siso_ssm_step
 from recollect.ops.hippo import diagonal
 
 EPSILON = 1e-7
@@ -72,7 +72,7 @@ class DSS(ChannelSSM):
         return a_DP.to(dtype), (2 * as_complex128(self.C) / A_DP * weight_DP).to(dtype)
 
     def run(self, x: Tensor, h: Tensor, system: tuple[Tensor, Tensor], reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        return diagonal_ssm(x, *system, self.D, h, reset=reset, chunk_size=self.chunk_size)
+        return siso_ssm(x, *system, self.D, h, reset=reset, chunk_size=self.chunk_size)
 
     def run_step(self, x: Tensor, h: Tensor, system: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return diagonal_ssm_step(x, *system, self.D, h)
+        return siso_ssm_step(x, *system, self.D, h)

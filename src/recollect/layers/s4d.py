@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
 from recollect.layers.channelwise import ChannelConfig, ChannelSSM, as_complex128, per_channel
-from recollect.ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
+from recollect.ops.siso_ssm import siso_ssm, siso_ssm_step
 from recollect.ops.hippo import DiagonalInit, diagonal
 
 
@@ -66,7 +66,7 @@ class S4D(ChannelSSM):
         return a_DP.to(dtype), (2 * as_complex128(self.C) * b_DP).to(dtype)
 
     def run(self, x: Tensor, h: Tensor, system: tuple[Tensor, Tensor], reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        return diagonal_ssm(x, *system, self.D, h, reset=reset, chunk_size=self.chunk_size)
+        return siso_ssm(x, *system, self.D, h, reset=reset, chunk_size=self.chunk_size)
 
     def run_step(self, x: Tensor, h: Tensor, system: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return diagonal_ssm_step(x, *system, self.D, h)
+        return siso_ssm_step(x, *system, self.D, h)

@@ -1,6 +1,6 @@
 """Compiled S4: diagonal plus rank one per channel, position after position; forward, and backward from checkpoints.
 
-Layouts as in ``diagonal_ssm.py``, with 16 lanes, so that all of a block's pairs stay in the nearest cache. The rank one
+Layouts as in ``siso_ssm.py``, with 16 lanes, so that all of a block's pairs stay in the nearest cache. The rank one
 couples the pairs of a channel through one number, s_t = v . h_{t-1}, which is summed for the next position while the
 pairs are visited for this one. Backward runs ``STRETCH`` positions again at a time, from the states that forward kept.
 

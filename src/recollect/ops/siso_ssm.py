@@ -22,28 +22,28 @@ from recollect.ops.lti import Basis, chunked_ssm
 from recollect.ops.scan import accumulator_dtype
 
 
-def diagonal_ssm_step(u_BD: Tensor, a_DP: Tensor, c_DP: Tensor, skip_D: Tensor, h_BDP: Tensor) -> tuple[Tensor, Tensor]:
+def siso_ssm_step(u_BD: Tensor, a_DP: Tensor, c_DP: Tensor, skip_D: Tensor, h_BDP: Tensor) -> tuple[Tensor, Tensor]:
     """One position: y (B, D) and the next state, complex (B, D, P). O(B D P)."""
     h_BDP = a_DP * h_BDP + u_BD.unsqueeze(-1).to(h_BDP.real.dtype)
     return (c_DP * h_BDP).sum(-1).real + skip_D * u_BD, h_BDP
 
 
-def diagonal_ssm_reference(
+def siso_ssm_reference(
     u_BLD: Tensor, a_DP: Tensor, c_DP: Tensor, skip_D: Tensor, h_init: Tensor, *, reset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``diagonal_ssm`` one position after the other, as the equation is written."""
+    """``siso_ssm`` one position after the other, as the equation is written."""
     h_BDP = torch.view_as_complex(h_init)
     outputs: list[Tensor] = []
     reset_steps = (None,) * u_BLD.shape[1] if reset is None else reset.unbind(1)
     for u_BD, reset_B in zip(u_BLD.unbind(1), reset_steps, strict=True):
         if reset_B is not None:
             h_BDP = h_BDP.masked_fill(reset_B[:, None, None], 0)
-        y_BD, h_BDP = diagonal_ssm_step(u_BD, a_DP, c_DP, skip_D, h_BDP)
+        y_BD, h_BDP = siso_ssm_step(u_BD, a_DP, c_DP, skip_D, h_BDP)
         outputs.append(y_BD)
     return torch.stack(outputs, 1), torch.view_as_real(h_BDP)
 
 
-def diagonal_ssm(
+def siso_ssm(
     u_BLD: Tensor,
     a_DP: Tensor,
     c_DP: Tensor,
@@ -64,7 +64,7 @@ def diagonal_ssm(
     dtype = accumulator_dtype(u_BLD.dtype)
     u_BLD, h_init, skip_D = u_BLD.to(dtype), h_init.to(dtype), skip_D.to(dtype)
     a_DP, c_DP = a_DP.to(dtype.to_complex()), c_DP.to(dtype.to_complex())
-    if dispatch.kernels("diagonal_ssm", u_BLD, h_init, skip_D) is not None:
+    if dispatch.kernels("siso_ssm", u_BLD, h_init, skip_D) is not None:
         a_DP2, k_DP2 = torch.view_as_real(a_DP), torch.view_as_real(c_DP.conj().resolve_conj())
         out: tuple[Tensor, Tensor] = _Compiled.apply(u_BLD, a_DP2, k_DP2, skip_D, h_init, reset)  # pyright: ignore[reportAssignmentType]
         return out
@@ -110,7 +110,7 @@ class _Compiled(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, a: Tensor, k: Tensor, skip: Tensor, start: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        kernels = dispatch.kernels("diagonal_ssm", u)
+        kernels = dispatch.kernels("siso_ssm", u)
         assert kernels is not None
         u = u.contiguous()
         lanes = kernels.LANES
