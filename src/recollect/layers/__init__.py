@@ -5,6 +5,7 @@ from __future__ import annotations
 from recollect.core.layer import SequenceLayer
 from recollect.layers.attention import Attention
 from recollect.layers.gated_deltanet import GatedDeltaNet
+from recollect.layers.dss import DSS
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.lstm import LSTM
@@ -12,6 +13,8 @@ from recollect.layers.mamba import Mamba
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.mlp import Mlp
 from recollect.layers.mlstm import MLSTM
+from recollect.layers.s4 import S4
+from recollect.layers.s4d import S4D
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
 from recollect.layers.transformer_xl import TransformerXL
@@ -21,6 +24,9 @@ LAYERS: dict[str, type[SequenceLayer]] = {
     "lstm": LSTM,
     "attention": Attention,
     "transformer_xl": TransformerXL,
+    "s4": S4,
+    "s4d": S4D,
+    "dss": DSS,
     "s5": S5,
     "mamba": Mamba,
     "mamba2": Mamba2,
