@@ -15,8 +15,8 @@ from recollect.layers.dss import DSS
 from recollect.layers.s4d import S4D
 from recollect.ops import dispatch
 from recollect.ops.chunking import chunk_size_for, reset_rows
-from recollect.ops.siso_ssm import siso_ssm, siso_ssm_reference
 from recollect.ops.hippo import diagonal, legs, legs_dplr, legs_normal
+from recollect.ops.siso_ssm import siso_ssm, siso_ssm_reference
 
 LENGTHS = (1, 63, 64, 65, 1000)
 

@@ -92,7 +92,7 @@ class SequenceLayer(nn.Module, ABC):
     """
 
     Config: ClassVar[Any]
-    causality: ClassVar[Literal["exact", "rounding"]] = "exact"
+    causality: Literal["exact", "rounding"] = "exact"
 
     def __init__(self, *_config: Any) -> None:
         super().__init__()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from recollect.core.layer import SequenceLayer
 from recollect.layers.attention import Attention
-from recollect.layers.gated_deltanet import GatedDeltaNet
 from recollect.layers.dss import DSS
+from recollect.layers.gated_deltanet import GatedDeltaNet
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.lstm import LSTM

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
 from recollect.layers.channelwise import ChannelConfig, ChannelSSM, as_complex128, per_channel
-from recollect.ops.siso_ssm import siso_ssm, siso_ssm_step
 from recollect.ops.hippo import diagonal
+from recollect.ops.siso_ssm import siso_ssm, siso_ssm_step
 
 EPSILON = 1e-7
 

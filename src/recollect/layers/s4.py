@@ -48,8 +48,7 @@ class S4(ChannelSSM):
     def __init__(self, config: S4.Config) -> None:
         super().__init__(config)
         self.method = config.method
-        # ``causality`` belongs to the class; this instance convolves by FFT.
-        self.causality = "rounding" if config.method == "fft" else "exact"  # pyright: ignore[reportAttributeAccessIssue]
+        self.causality = "rounding" if config.method == "fft" else "exact"
         legs = legs_dplr(config.d_state)
         self.log_A_real = nn.Parameter(per_channel(torch.log(-legs.values.real), config.d_model))
         self.A_imag = nn.Parameter(per_channel(legs.values.imag, config.d_model))

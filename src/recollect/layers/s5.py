@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recollect.core.errors import ConfigError
 from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
 from recollect.core.state import where_reset
+from recollect.ops.hippo import legs_normal
 from recollect.ops.mimo_ssm import mimo_ssm, mimo_ssm_step
 from recollect.ops.scan import accumulator_dtype
 
@@ -81,7 +82,7 @@ class S5(BranchedLayer):
         self.d_inner = config.d_model
         self.discretisation: Discretisation = config.discretisation
         pairs, d_model = config.d_state // 2, config.d_model
-        eigenvalues, vectors = hippo_normal(config.d_state // config.n_blocks)
+        eigenvalues, vectors = legs_normal(config.d_state // config.n_blocks)
         vectors_NM = torch.block_diag(*[vectors] * config.n_blocks)
         B_ND = torch.randn(config.d_state, d_model, dtype=torch.complex128) / math.sqrt(d_model)
         C_DN = torch.randn(d_model, config.d_state, dtype=torch.complex128) / math.sqrt(config.d_state)
@@ -157,16 +158,3 @@ def _quotient(over: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor]) -> tupl
     (a, b), (c, d) = over, below
     square = c * c + d * d
     return (a * c + b * d) / square, (b * c - a * d) / square
-
-
-def hippo_normal(size: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (size/2,) above the real axis and their eigenvectors (size, size/2): normal part of HiPPO-LegS.
-
-    S5, section B.1.1: entries -1/2 on the diagonal and -+ sqrt((n + 1/2)(k + 1/2)) below and above it. complex128.
-    """
-    root = torch.sqrt(torch.arange(size, dtype=torch.float64) + 0.5)
-    lower = torch.tril(root.unsqueeze(1) * root, diagonal=-1)
-    # The skew part S = lower.T - lower; -i S is Hermitian with eigenvalues in pairs +-w, sorted upwards.
-    frequency, vectors = torch.linalg.eigh(-1j * (lower.T - lower))
-    half = size // 2
-    return torch.complex(torch.full_like(frequency[half:], -0.5), frequency[half:]), vectors[:, half:]

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect.ops import dispatch
+from recollect.ops.decayed import ResetMasks, Within
 from recollect.ops.scan import accumulator_dtype
-from recollect.ops.ssd import _ResetMasks, _Within
 
 
 def delta_rule_step(
@@ -161,7 +161,7 @@ def _chunked(
 
     q_BCHQN, k_BCHQN, v_BCHQP = (chunked(t).transpose(2, 3).contiguous() for t in (q, k, v))
     g_BCHQ, beta_BCHQ1 = chunked(log_alpha).transpose(2, 3).cumsum(-1), chunked(beta).transpose(2, 3).unsqueeze(-1)
-    masks = None if reset is None else _ResetMasks(chunked(reset.unsqueeze(-1)).squeeze(-1))
+    masks = None if reset is None else ResetMasks(chunked(reset.unsqueeze(-1)).squeeze(-1))
     head_BCHQ, tail_BCHQ = torch.exp(g_BCHQ), torch.exp(g_BCHQ[..., -1:] - g_BCHQ)
     total_BCH = head_BCHQ[..., -1]
     if masks is not None:
@@ -188,7 +188,7 @@ def _chunked(
         errors.append(u_BHQP)
         h_BHNP = total_BH[:, :, None, None] * h_BHNP + write_BHNQ @ u_BHQP
     scores_BCHQS = q_BCHQN @ k_BCHQN.mT
-    y_BCHQP: Tensor = _Within.apply(scores_BCHQS, g_BCHQ, torch.stack(errors, 1), same)  # pyright: ignore[reportAssignmentType]
+    y_BCHQP: Tensor = Within.apply(scores_BCHQS, g_BCHQ, torch.stack(errors, 1), same)  # pyright: ignore[reportAssignmentType]
     y_BCHQP = torch.addcmul(y_BCHQP, head_BCHQ.unsqueeze(-1), q_BCHQN @ torch.stack(before, 1))
     return y_BCHQP.transpose(2, 3).flatten(1, 2)[:, :length], h_BHNP.mT
 

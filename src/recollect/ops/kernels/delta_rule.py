@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recollect.ops.kernels.compiled import Array, arrays, kernel, over_rows
-from recollect.ops.kernels.lanes import BYTES, fma, load, row_sums, splat, store, times
+from recollect.ops.kernels.vectors import LANES, fma, load, row_sums, splat, store, times
 
 
 def forward(
@@ -63,8 +63,7 @@ def backward(
 
 
 def _padded(x: Tensor) -> Tensor:
-    unit = 2 * BYTES // x.dtype.itemsize
-    padding = -x.shape[-1] % unit
+    padding = -x.shape[-1] % (2 * LANES)
     return F.pad(x, (0, padding)).contiguous() if padding else x.contiguous()
 
 
@@ -81,26 +80,25 @@ def _forward(
     delta: bool,
 ) -> None:  # fmt: skip
     length, n_heads, d_state, width = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
-    W = BYTES // v.itemsize
     zero = v.dtype.type(0)
-    S = np.empty((d_state, 2 * W), v.dtype)
+    S = np.empty((d_state, 2 * LANES), v.dtype)
     for row in range(begin, end):
         batch, head = row // n_heads, row % n_heads
-        for p in range(0, width, 2 * W):
+        for p in range(0, width, 2 * LANES):
             w0 = w1 = splat(zero)
             for n in range(d_state):
-                s0, s1 = load(memory[batch, head, n], p), load(memory[batch, head, n], p + W)
+                s0, s1 = load(memory[batch, head, n], p), load(memory[batch, head, n], p + LANES)
                 store(S[n], 0, s0)
-                store(S[n], W, s1)
+                store(S[n], LANES, s1)
                 k_n = splat(k[batch, 0, head, n])
                 w0, w1 = fma(k_n, s0, w0), fma(k_n, s1, w1)
             for t in range(length):
                 a_t = splat(a[batch, t, head])
                 minus = splat(-a[batch, t, head] if delta else zero)
                 e0 = fma(minus, w0, load(v[batch, t, head], p))
-                e1 = fma(minus, w1, load(v[batch, t, head], p + W))
+                e1 = fma(minus, w1, load(v[batch, t, head], p + LANES))
                 store(e[batch, t, head], p, e0)
-                store(e[batch, t, head], p + W, e1)
+                store(e[batch, t, head], p + LANES, e1)
                 b_t = splat(b[batch, t, head])
                 u0, u1 = times(b_t, e0), times(b_t, e1)
                 k_t, q_t, k_next = k[batch, t, head], q[batch, t, head], k[batch, min(t + 1, length - 1), head]
@@ -108,17 +106,17 @@ def _forward(
                 for n in range(d_state):
                     k_n, q_n, next_n = splat(k_t[n]), splat(q_t[n]), splat(k_next[n])
                     s0 = fma(k_n, u0, times(a_t, load(S[n], 0)))
-                    s1 = fma(k_n, u1, times(a_t, load(S[n], W)))
+                    s1 = fma(k_n, u1, times(a_t, load(S[n], LANES)))
                     store(S[n], 0, s0)
-                    store(S[n], W, s1)
+                    store(S[n], LANES, s1)
                     y0, y1 = fma(q_n, s0, y0), fma(q_n, s1, y1)
                     if delta:
                         w0, w1 = fma(next_n, s0, w0), fma(next_n, s1, w1)
                 store(y[batch, t, head], p, y0)
-                store(y[batch, t, head], p + W, y1)
+                store(y[batch, t, head], p + LANES, y1)
             for n in range(d_state):
                 store(memory[batch, head, n], p, load(S[n], 0))
-                store(memory[batch, head, n], p + W, load(S[n], W))
+                store(memory[batch, head, n], p + LANES, load(S[n], LANES))
 
 
 @kernel
@@ -130,16 +128,15 @@ def _back(
 ) -> None:  # fmt: skip
     """Back in time: dv, db, the first part of dk (G_t^T b_t e_t), and ``adjoint`` from last to first."""
     length, n_heads, d_state, width = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
-    W = BYTES // v.itemsize
     zero, one = v.dtype.type(0), v.dtype.type(1)
-    G = np.empty((d_state, 2 * W), v.dtype)
-    products = np.empty((W, W), v.dtype)
+    G = np.empty((d_state, 2 * LANES), v.dtype)
+    products = np.empty((LANES, LANES), v.dtype)
     for row in range(begin, end):
         batch, head = row // n_heads, row % n_heads
-        for p in range(0, width, 2 * W):
+        for p in range(0, width, 2 * LANES):
             for n in range(d_state):
                 store(G[n], 0, load(adjoint[batch, head, n], p))
-                store(G[n], W, load(adjoint[batch, head, n], p + W))
+                store(G[n], LANES, load(adjoint[batch, head, n], p + LANES))
             scale, minus = one, zero
             g0 = g1 = splat(zero)
             for back in range(length):
@@ -147,22 +144,22 @@ def _back(
                 k_t, q_t, k_next = k[batch, t, head], q[batch, t, head], k[batch, min(t + 1, length - 1), head]
                 a_next = splat(scale)
                 c0, c1 = times(splat(minus), g0), times(splat(minus), g1)
-                y0, y1 = load(dy[batch, t, head], p), load(dy[batch, t, head], p + W)
-                e0, e1 = load(e[batch, t, head], p), load(e[batch, t, head], p + W)
+                y0, y1 = load(dy[batch, t, head], p), load(dy[batch, t, head], p + LANES)
+                e0, e1 = load(e[batch, t, head], p), load(e[batch, t, head], p + LANES)
                 b_t = splat(b[batch, t, head])
                 u0, u1 = times(b_t, e0), times(b_t, e1)
                 d0 = d1 = splat(zero)
                 dk_t = dk[batch, t, head]
-                for first in range(0, d_state, W):
-                    for i in range(W):
+                for first in range(0, d_state, LANES):
+                    for i in range(LANES):
                         n = first + i
                         next_n, q_n, k_n = splat(k_next[n]), splat(q_t[n]), splat(k_t[n])
-                        g0, g1 = times(a_next, load(G[n], 0)), times(a_next, load(G[n], W))
+                        g0, g1 = times(a_next, load(G[n], 0)), times(a_next, load(G[n], LANES))
                         if delta:
                             g0, g1 = fma(next_n, c0, g0), fma(next_n, c1, g1)
                         g0, g1 = fma(q_n, y0, g0), fma(q_n, y1, g1)
                         store(G[n], 0, g0)
-                        store(G[n], W, g1)
+                        store(G[n], LANES, g1)
                         d0, d1 = fma(k_n, g0, d0), fma(k_n, g1, d1)
                         store(products[i], 0, fma(u1, g1, times(u0, g0)))
                     sums = row_sums(products, 0)
@@ -171,12 +168,12 @@ def _back(
                     store(dk_t, first, sums)
                 store(products[0], 0, fma(d1, e1, times(d0, e0)))
                 error = zero
-                for i in range(W):
+                for i in range(LANES):
                     error += products[0, i]
                 db[batch, t, head] = error if p == 0 else db[batch, t, head] + error
                 g0, g1 = times(b_t, d0), times(b_t, d1)
                 store(dv[batch, t, head], p, g0)
-                store(dv[batch, t, head], p + W, g1)
+                store(dv[batch, t, head], p + LANES, g1)
                 scale = a[batch, t, head]
                 minus = -scale if delta else zero
             a_next = splat(scale)
@@ -184,7 +181,7 @@ def _back(
             for n in range(d_state):
                 next_n = splat(k[batch, 0, head, n])
                 store(adjoint[batch, head, n], p, fma(next_n, c0, times(a_next, load(G[n], 0))))
-                store(adjoint[batch, head, n], p + W, fma(next_n, c1, times(a_next, load(G[n], W))))
+                store(adjoint[batch, head, n], p + LANES, fma(next_n, c1, times(a_next, load(G[n], LANES))))
 
 
 @kernel
@@ -196,17 +193,16 @@ def _again(
 ) -> None:  # fmt: skip
     """Forward in time, after ``_back``: dq, the second part of dk (-a_t S_{t-1}^T dv_t), and the decays."""
     length, n_heads, d_state, width = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
-    W = BYTES // v.itemsize
     zero = v.dtype.type(0)
-    S = np.empty((width, 2 * W), v.dtype)
+    S = np.empty((width, 2 * LANES), v.dtype)
     for row in range(begin, end):
         batch, head = row // n_heads, row % n_heads
-        for n in range(0, d_state, 2 * W):
+        for n in range(0, d_state, 2 * LANES):
             w0 = w1 = splat(zero)
             for p in range(width):
-                s0, s1 = load(memory[batch, head, p], n), load(memory[batch, head, p], n + W)
+                s0, s1 = load(memory[batch, head, p], n), load(memory[batch, head, p], n + LANES)
                 store(S[p], 0, s0)
-                store(S[p], W, s1)
+                store(S[p], LANES, s1)
                 dv_p = splat(dv[batch, 0, head, p])
                 w0, w1 = fma(dv_p, s0, w0), fma(dv_p, s1, w1)
             for t in range(length):
@@ -215,22 +211,22 @@ def _again(
                 if delta:
                     minus = splat(-a[batch, t, head])
                     store(dk_t, n, fma(minus, w0, load(dk_t, n)))
-                    store(dk_t, n + W, fma(minus, w1, load(dk_t, n + W)))
+                    store(dk_t, n + LANES, fma(minus, w1, load(dk_t, n + LANES)))
                 b_t = splat(b[batch, t, head])
-                k0, k1 = times(b_t, load(k[batch, t, head], n)), times(b_t, load(k[batch, t, head], n + W))
+                k0, k1 = times(b_t, load(k[batch, t, head], n)), times(b_t, load(k[batch, t, head], n + LANES))
                 e_t, dy_t, dv_next = e[batch, t, head], dy[batch, t, head], dv[batch, min(t + 1, length - 1), head]
                 q0 = q1 = w0 = w1 = splat(zero)
                 for p in range(width):
                     e_p, dy_p, dv_p = splat(e_t[p]), splat(dy_t[p]), splat(dv_next[p])
                     s0 = fma(e_p, k0, times(a_t, load(S[p], 0)))
-                    s1 = fma(e_p, k1, times(a_t, load(S[p], W)))
+                    s1 = fma(e_p, k1, times(a_t, load(S[p], LANES)))
                     store(S[p], 0, s0)
-                    store(S[p], W, s1)
+                    store(S[p], LANES, s1)
                     q0, q1 = fma(dy_p, s0, q0), fma(dy_p, s1, q1)
                     if delta:
                         w0, w1 = fma(dv_p, s0, w0), fma(dv_p, s1, w1)
                 store(dq[batch, t, head], n, q0)
-                store(dq[batch, t, head], n + W, q1)
+                store(dq[batch, t, head], n + LANES, q1)
         change = ends[batch, head]
         for back in range(length):
             t = length - 1 - back

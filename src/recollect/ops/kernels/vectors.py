@@ -1,7 +1,8 @@
-"""Vectors of 16 numbers inside kernels, for loops that a compiler would not vectorise by itself: short rows, gathered.
+"""Vectors of 16 numbers as values inside kernels, for loops that a compiler would not vectorise by itself.
 
-Rows must be padded to a multiple of ``LANES``. A vector lives in registers: one of AVX-512 for float32, several of
-narrower machines.
+A kernel that keeps a few of them in local variables keeps them in registers across a loop, which numba's own vectoriser
+never does for parts of arrays, because arrays might overlap; and rows that are gathered are short. Rows must be padded
+to a multiple of ``LANES``. One vector is one register of AVX-512 in float32, and several of narrower machines.
 """
 
 from __future__ import annotations
@@ -74,6 +75,13 @@ def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001 - 
     return a(a, a, a), generate
 
 
+def _times(typing_context: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 - numba's signature
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.fmul(*arguments)
+
+    return a(a, a), generate
+
+
 def _larger(typing_context: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 - numba's signature
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
         return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
@@ -91,6 +99,28 @@ def _total(typing_context: Any, a: Any) -> Any:  # noqa: ARG001 - numba's signat
     return a.dtype(a), generate
 
 
+def _row_sums(typing_context: Any, array: Any, index: Any) -> Any:  # noqa: ARG001 - numba's signature
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = arguments[1]
+        indices = [builder.add(where, ir.Constant(where.type, row * LANES)) for row in range(LANES)]
+        pointers = [_pointer(context, builder, signature.args[0], arguments[0], each) for each in indices]
+        rows = [builder.load(pointer, align=array.dtype.bitwidth // 8) for pointer in pointers]
+        # Neighbouring lanes of two vectors are added into one vector, until one is left: its lane r sums row r.
+        while len(rows) > 1:
+            rows = [_pairs(builder, *rows[i : i + 2]) for i in range(0, len(rows), 2)]
+        return rows[0]
+
+    return Vector(array.dtype)(array, types.intp), generate
+
+
+def _pairs(builder: Any, first: Any, second: Any) -> Any:
+    order = ir.VectorType(ir.IntType(32), LANES)
+    halves = [
+        builder.shuffle_vector(first, second, ir.Constant(order, list(range(start, 2 * LANES, 2)))) for start in (0, 1)
+    ]
+    return builder.fadd(*halves)
+
+
 load: Any = intrinsic(_load)
 """``load(array, i)``: the vector array[i : i + LANES] of a one-dimensional contiguous array."""
 store: Any = intrinsic(_store)
@@ -99,7 +129,11 @@ splat: Any = intrinsic(_splat)
 """``splat(x)``: the vector of copies of one number."""
 fma: Any = intrinsic(_fma)
 """``fma(a, b, c)``: a * b + c by element, rounded once."""
+times: Any = intrinsic(_times)
+"""``times(a, b)``: a * b by element."""
 larger: Any = intrinsic(_larger)
 """``larger(a, b)``: a where a > b, else b."""
 total: Any = intrinsic(_total)
 """``total(a)``: the sum of the elements, in an order that may differ between machines."""
+row_sums: Any = intrinsic(_row_sums)
+"""``row_sums(array, i)``: lane r is the sum of the r-th of ``LANES`` vectors that begin at number i."""
