@@ -149,7 +149,7 @@ class SparseAttention(SequenceLayer):
         return self._attend(x, state, reset, taught=self.training)
 
     def step(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        """One query against the memory's slots: cost O(M (N + P)) for M slots, whatever came before."""
+        """One query against its own slots: O(K (N + P)) for a budget of K keys, and one copy of the memory."""
         out = self._attend(x[:, None], state, None if reset is None else reset[:, None], taught=False)
         return out.y[:, 0], out.state
 
