@@ -34,8 +34,11 @@ def _convolve(row: Array, x: Array, weight: Array, bias: Array, window: Array, b
     if reach == 4 and t >= 3:
         x0, x1, x2, x3 = x[b, t], x[b, t - 1], x[b, t - 2], x[b, t - 3]
         w0, w1, w2, w3 = weight[last], weight[last - 1], weight[last - 2], weight[last - 3]
+        # Two loops: with more arrays in one, a compiler gives up proving that they do not overlap.
         for i in range(width):
-            row[i] = bias[i] + x0[i] * w0[i] + x1[i] * w1[i] + x2[i] * w2[i] + x3[i] * w3[i]
+            row[i] = bias[i] + x0[i] * w0[i] + x1[i] * w1[i]
+        for i in range(width):
+            row[i] += x2[i] * w2[i] + x3[i] * w3[i]
         return
     for i in range(width):
         row[i] = bias[i]
@@ -104,7 +107,9 @@ def backward(
                 to, w, dw, db, source = dx[b, t], weight[taps - 1], dweight[unit, taps - 1], dbias[unit], x[b, t]
                 for i in range(width):
                     to[i] = grad[i] * w[i]
+                for i in range(width):
                     dw[i] += grad[i] * source[i]
+                for i in range(width):
                     db[i] += grad[i]
             for tap in range(1, reach):
                 back = t - tap
