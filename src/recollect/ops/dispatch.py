@@ -15,7 +15,7 @@ from recollect.ops.patterns import Pattern, key_budget
 from recollect.ops.streaming_attention import streams
 
 DENSE_SOURCES = 256
-"""Below this many sources one L x S product beats the bookkeeping of tiles on a CPU (``bench/bench_attention.py``)."""
+"""Below this many sources one L x S product beats the bookkeeping of tiles on a CPU (``recollect bench attention``)."""
 
 
 class Choice(NamedTuple):
