@@ -34,8 +34,9 @@ check: $(VENV)/.installed-dev  ## style, format, types, import rules, the docume
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(LEAN) $(BIN)/pytest -q -n 0 tests/test_architecture.py tests/test_docs.py
 
-bench: $(VENV)/.installed-report  ## run every bench/*.py on one thread; each writes JSON into runs/bench
+bench: $(VENV)/.installed-dev  ## run the bench commands and every bench/*.py: an hour or more; JSON into runs/bench
 	@mkdir -p runs/bench
+	@for what in layers attention decode; do $(BIN)/recollect bench $$what --out runs/bench; done
 	@for script in bench/*.py; do \
 	  echo "$$script"; $(LEAN) $(BIN)/python "$$script" "runs/bench/$$(basename "$$script" .py).json"; \
 	done

@@ -1,6 +1,6 @@
-"""S4, S4D and DSS against convolution by FFT: milliseconds forward and backward, and peak memory.
+"""S4, S4D and DSS against convolution by FFT, S5 against s5-pytorch: time forward and backward, and peak memory.
 
-    python bench/bench_s4.py [--batch 8] [--length 2048] [--d-model 256] [--d-state 64] [--repeats 5]
+    python bench/bench_s4.py OUT.json [--batch 8] [--length 2048] [--d-model 256] [--d-state 64] [--repeats 5]
 
 From parameters and inputs to outputs and back, without the gated linear unit. ``fft`` convolves with a kernel that is
 given; ``fft s4d`` also makes it, factored as exp(A (q T + t)) = exp(A q T) exp(A t), which is one batched product.
@@ -20,14 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import s5 as s5_pytorch
 import torch
 from torch import Tensor
 
 from recollect.layers.dss import DSS
 from recollect.layers.s4 import S4
 from recollect.layers.s4d import S4D
+from recollect.layers.s5 import S5
 from recollect.ops import dispatch
+from recollect.ops.mimo_ssm import mimo_ssm
 from recollect.ops.s4_kernel import fft_convolve
+from recollect.train.runtime import environment
 
 Run = Callable[[Tensor], Tensor]
 
@@ -55,6 +59,12 @@ def cases(arguments: argparse.Namespace) -> dict[str, tuple[torch.nn.Module, Run
     def core(layer: Any) -> Run:
         return lambda x: layer.run(x, layer.state_like(x).h, layer.system(torch.complex64), None)[0]
 
+    s5, theirs = S5(S5.Config(d_model, d_state=d_state)), s5_pytorch.S5(d_model, d_state)
+
+    def s5_core(x: Tensor) -> Tensor:
+        state = s5.state_like(x).h
+        return mimo_ssm(x, *s5._discretise(state.dtype), s5.D, state)[0]
+
     return {
         "fft, kernel given": (taps, lambda x: fft_convolve(x, taps[0]), "torch"),
         "fft s4d": (s4d, lambda x: fft_s4d(s4d, x), "torch"),
@@ -64,6 +74,8 @@ def cases(arguments: argparse.Namespace) -> dict[str, tuple[torch.nn.Module, Run
         "s4, compiled": (s4, core(s4), "auto"),
         "s4, chunks": (s4, core(s4), "torch"),
         "s4, fft": (s4_fft, core(s4_fft), "auto"),
+        "s5, compiled": (s5, s5_core, "auto"),
+        "s5-pytorch": (theirs, theirs, "auto"),
     }
 
 
@@ -90,6 +102,7 @@ def peak_mib() -> float:
 def main() -> None:
     """Measure every case and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/bench/s4.json"))
     for name, value in (("batch", 8), ("length", 2048), ("d-model", 256), ("d-state", 64), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--memory-of", help="run one case once and print the growth of its peak memory, in MiB")
@@ -111,13 +124,22 @@ def main() -> None:
     print("| case | forward, ms | backward, ms | together, ms | of fft s4d | peak memory, MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     best = {name: min((each[name] for each in rounds), key=sum) for name in table}
+    rows: list[dict[str, Any]] = []
     for name, (forward, backward) in best.items():
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+        plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=plain).stdout)
         ratio = (forward + backward) / sum(best.get("fft s4d", (forward, backward)))
         times = " | ".join(f"{1e3 * each:.0f}" for each in (forward, backward, forward + backward))
         print(f"| {name} | {times} | {ratio:.2f} | {memory:.0f} |")
+        milliseconds = {"forward_ms": round(1e3 * forward, 1), "backward_ms": round(1e3 * backward, 1)}
+        rows.append({"case": name, **milliseconds, "memory_mib": round(memory, 1)})
+    facts = environment(torch.device("cpu"))
+    machine = {"torch": torch.__version__, "device": facts["device"], "commit": facts["commit"], "threads": 1}
+    sizes = {name: getattr(arguments, name) for name in ("batch", "length", "d_model", "d_state")}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(sizes | machine | {"rows": rows}, indent=1) + "\n")
+    print(f"wrote {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -122,6 +122,7 @@ def test_nested_layers_are_set_by_their_place() -> None:
         (lambda: Backbone.Config.alternating(8, (MAMBA,), -1.0), "expand must be positive, got -1.0"),
         (lambda: override(Backbone.Config.tiny(), ["mlp_expand=2"]), "unknown key 'mlp_expand'"),
         (lambda: override(Backbone.Config.s4_blocks(MAMBA, 1), ["layers.2.expnd=2"]), "did you mean 'expand'"),
+        (lambda: Mlp.Config(8, activation=cast(Any, "tanh")), "activation must be gelu, swiglu or relu"),
     ],
 )
 def test_orders_that_cannot_work_are_refused(make: Any, message: str) -> None:

@@ -143,17 +143,18 @@ class FourierS4D(nn.Module):
         return F.glu(self.out(F.gelu(y_BDL.transpose(1, 2))), -1)
 
 
-class BareS5(nn.Module):
-    """The layer of s5-pytorch."""
+class GatedS5(nn.Module):
+    """The layer of s5-pytorch, then GELU and a gated linear unit as ours has them."""
 
     def __init__(self, d_model: int, d_state: int) -> None:
         super().__init__()
         from s5 import S5
 
         self.core = S5(d_model, d_state)
+        self.out = nn.Linear(d_model, 2 * d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.core(x)
+        return F.glu(self.out(F.gelu(self.core(x))), -1)
 
 
 def _sized(row: str, name: str, otherwise: int, d_model: int) -> int:
@@ -213,7 +214,7 @@ def _mamba2(chunk: int | None) -> Callable[[int], nn.Module]:
 
 
 def _s5(d_model: int) -> nn.Module:
-    return BareS5(d_model, _sized("s5", "d_state", 64, d_model))
+    return GatedS5(d_model, _sized("s5", "d_state", 64, d_model))
 
 
 def _s4d(d_model: int) -> nn.Module:
@@ -234,7 +235,7 @@ PEERS: dict[str, Peer] = {
     "transformers Mamba2, chunk 32": Peer("mamba2", CHUNK_NOTE, _mamba2(32), HF, (HF_MAMBA2,), BEST),
     "transformers Mamba2, chunk 64": Peer("mamba2", CHUNK_NOTE, _mamba2(64), HF, (HF_MAMBA2,), BEST),
     "transformers Mamba2, chunk 128": Peer("mamba2", CHUNK_NOTE, _mamba2(128), HF, (HF_MAMBA2,), BEST),
-    "s5-pytorch S5": Peer("s5", "bare: ours has a GELU and a gated linear unit besides", _s5, "s5", ("s5",)),
+    "s5-pytorch S5": Peer("s5", "its layer, then GELU and a gated linear unit as ours", _s5, "s5", ("s5",)),
     "FFT S4D": Peer("s4d", "a convolution by FFT written in plain PyTorch, kernel and all", _s4d),
 }
 """Every peer by the name of its row."""

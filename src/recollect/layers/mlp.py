@@ -36,6 +36,8 @@ class Mlp(SequenceLayer):
             super().__post_init__()
             if not self.expand > 0:
                 raise ConfigError(f"mlp: expand must be positive, got {self.expand}; leave the layer out for none")
+            if self.activation not in ("gelu", "swiglu", "relu"):
+                raise ConfigError(f"mlp: activation must be gelu, swiglu or relu, got {self.activation!r}")
 
         @property
         def hidden(self) -> int:
