@@ -17,6 +17,7 @@ from recollect.core.layer import BranchedConfig, BranchedLayer, LayerConfig, Lay
 from recollect.core.state import detach, index_batch, leaves, map_state, nbytes
 from recollect.layers import LAYERS
 from recollect.layers.gru import GRU
+from recollect.layers.hax import HAX
 from recollect.models.backbone import Backbone
 from recollect.ops import dispatch
 
@@ -31,11 +32,19 @@ def documented_layer() -> LayerConfig:
     return module.__dict__["Leaky"].Config.tiny()
 
 
-CASES: dict[str, LayerConfig] = {"documented": documented_layer()} | {
-    f"{kind}-{name}": config
-    for kind, cls in {**LAYERS, "backbone": Backbone}.items()
-    for name, config in cls.Config.declared().items()
-}
+CASES: dict[str, LayerConfig] = (
+    {"documented": documented_layer()}
+    | {
+        f"{kind}-{name}": config
+        for kind, cls in {**LAYERS, "backbone": Backbone}.items()
+        for name, config in cls.Config.declared().items()
+    }
+    | {
+        f"hax-over-{kind}": HAX.Config.recommended(cls.Config.tiny().d_model, cls.Config.tiny())
+        for kind, cls in LAYERS.items()
+        if kind not in ("hax", "mlp")
+    }
+)
 
 BATCH, LENGTH = 3, 70
 SPLITS = (1, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 69)
@@ -263,13 +272,10 @@ def test_law(case: str, law: str) -> None:
     LAWS[law](sample(CASES[case]))
 
 
-ATTENDING = [name for name in CASES if name.startswith(("attention-", "sparse-", "hax-"))]
-
-
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("case", ATTENDING)
-def test_law_on_tiles(case: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences this short run compiled or dense; here ``forward`` is made to run in tiles."""
+@pytest.mark.parametrize("case", CASES)
+def test_law_without_compiled_kernels(case: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: PyTorch's operations alone, and sparse attention in tiles, which takes a long sequence otherwise."""
     monkeypatch.setattr(dispatch, "KERNELS", "torch")
     monkeypatch.setattr(dispatch, "DENSE_SOURCES", 0)
     LAWS[law](sample(CASES[case]))
