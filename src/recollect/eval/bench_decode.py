@@ -1,7 +1,8 @@
 """One more token after a long past: how long it takes, and what is kept, by the tokens already seen.
 
 The past is read by ``forward`` in pieces, from random inputs, for one sequence; then ``step`` goes on from there, each
-from the state of the one before, and the median counts. A row whose state is declared to depend on how much was seen
+from the state of the one before, and the median counts. What a long past costs is read within one process: steps after
+it take turns with steps after the shortest past. A row whose state is declared to depend on how much was seen
 ``grows``. The prefill's time and memory are in the record too.
 """
 
@@ -18,7 +19,7 @@ from rich.table import Table
 from recollect.core.errors import ConfigError
 from recollect.core.state import nbytes
 from recollect.eval.bench_cases import Case, Record, Row, note, run_cases
-from recollect.eval.bench_measure import median_time, peak_of
+from recollect.eval.bench_measure import peak_of, taking_turns
 from recollect.eval.bench_rows import build, config_of, refusal, row_names, sizes
 from recollect.train.runtime import resolve_device
 
@@ -53,12 +54,12 @@ def bench_decode(
     return run_cases(
         "decode",
         [
-            Case(row, n, call, {"row": row, "seen": n, **common}, refusal=refusal(row, d_model))
+            Case(row, n, call, {"row": row, "seen": n, "least": min(at), **common}, refusal=refusal(row, d_model))
             for row in rows
             for n in at
         ],
         size_name="seen",
-        settings={**common, "batch": 1, "piece": PIECE, "dtype": "float32"},
+        settings={**common, "batch": 1, "least": min(at), "piece": PIECE, "dtype": "float32"},
         out=out,
         budget_s=budget_s,
         device=on,
@@ -68,37 +69,43 @@ def bench_decode(
     )
 
 
-def measure(row: str, seen: int, *, d_model: int, threads: int, device: str, seconds: float) -> dict[str, Any]:
-    """One row after ``seen`` tokens, in this process."""
+def measure(
+    row: str, seen: int, *, least: int, d_model: int, threads: int, device: str, seconds: float
+) -> dict[str, Any]:
+    """One row after ``seen`` tokens beside the same row after ``least``, in this process."""
     torch.set_num_threads(threads)
     on = torch.device(device)
     layer = build(row, d_model, on).eval()
-    state: Any = None
 
-    def prefill() -> None:
-        nonlocal state
-        left = seen
-        while left:
-            n = min(PIECE, left)
+    def past(length: int) -> Any:
+        state: Any = None
+        while length:
+            n = min(PIECE, length)
             state = layer(torch.randn(1, n, d_model, device=on), state).state
-            left -= n
-
-    def step() -> None:
-        nonlocal state
-        _, state = layer.step(torch.randn(1, d_model, device=on), state)
+            length -= n
+        return state
 
     with torch.no_grad():
-        layer(torch.randn(1, min(seen, PIECE), d_model, device=on))
+        states = [None, past(least)]
+
+        def prefill() -> None:
+            states[0] = past(seen)
+
+        def step(which: int) -> None:
+            _, states[which] = layer.step(torch.randn(1, d_model, device=on), states[which])
+
         peak = peak_of(prefill, on)
-        state_bytes = nbytes(state)
+        state_bytes = nbytes(states[0])
         started = time.perf_counter()
         for _ in range(3):
-            step()
+            step(0)
+            step(1)
         warm_s = time.perf_counter() - started
-        timing = median_time(step, seconds, on)
+        (timing, _), growth = taking_turns([lambda: step(0), lambda: step(1)], seconds, on)
     config = config_of(row, d_model)
     return {
         "step_ms": 1000 * timing.seconds,
+        "growth": growth,
         "state_bytes": state_bytes,
         "grows": config.state_bytes(seen=1_000_000) != config.state_bytes(seen=2_000_000),
         "prefill_tokens_per_s": seen / peak.seconds,
@@ -109,7 +116,9 @@ def measure(row: str, seen: int, *, d_model: int, threads: int, device: str, sec
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Per row, the least against the most tokens seen: how much slower a step is, and how much larger the state."""
+    """Per row, the least against the most tokens seen: how much slower a step is (the two taking turns), and how much
+    larger the state.
+    """
     found: list[Row] = []
     for name in dict.fromkeys(row["row"] for row in rows):
         own = sorted((r for r in rows if r["row"] == name and r["status"] == "measured"), key=lambda r: r["seen"])
@@ -119,7 +128,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         found.append(
             {
                 **{"row": name, "grows": last["grows"], "from": first["seen"], "to": last["seen"]},
-                "time_growth": last["step_ms"] / first["step_ms"],
+                "time_growth": last["growth"],
                 "state_growth": last["state_bytes"] / first["state_bytes"] if first["state_bytes"] else 1.0,
             }
         )

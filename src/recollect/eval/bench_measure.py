@@ -15,7 +15,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +59,20 @@ def median_time(run: Callable[[], object], seconds: float, device: torch.device,
         if times[0] > LONG_S:
             break
     return Timing(statistics.median(times), len(times))
+
+
+def taking_turns(
+    runs: Sequence[Callable[[], object]], seconds: float, device: torch.device
+) -> tuple[list[Timing], float]:
+    """As ``median_time`` for calls that are to be compared: one of each in turn, so that what else the machine does
+    meets all alike. Also the median, over turns, of the first one's time over the last one's.
+    """
+    times: list[list[float]] = []
+    deadline = time.perf_counter() + seconds * len(runs)
+    while len(times) < MIN_REPEATS or (time.perf_counter() < deadline and len(times) < MAX_REPEATS):
+        times.append([once(run, device) for run in runs])
+    medians = [Timing(statistics.median(each), len(times)) for each in zip(*times, strict=True)]
+    return medians, statistics.median(turn[0] / turn[-1] for turn in times)
 
 
 def once(run: Callable[[], object], device: torch.device) -> float:
