@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from recollect.ops.attention_memory import Buckets, Memory, hash_regions, slot_regions
 from recollect.ops.patterns import Dilated, KeySelection, Lsh, Pattern, Sink, Window, find, key_budget, memory_slots
-from recollect.ops.scan import accumulator_dtype
 
 LANES = 16
 """Rows are padded to a multiple of this, as ``kernels.vectors`` wants them."""
@@ -181,7 +180,8 @@ def _plan(
     position = torch.empty(rows, 0, dtype=torch.int64) if memory is None else memory.position.flatten(0, 1)
     score = q_BLHN.new_empty(rows, 0)
     if score_BLH is not None and find(patterns, KeySelection):
-        score = score_BLH.detach().transpose(1, 2).flatten(0, 1).to(accumulator_dtype(score_BLH.dtype))
+        score = score_BLH.detach().transpose(1, 2).flatten(0, 1)
+        score = score.to(torch.promote_types(score.dtype, torch.float32))
         if memory is not None:
             (chosen,) = (r for r in regions if isinstance(r.pattern, KeySelection))
             held = memory.score.detach().flatten(0, 1)
