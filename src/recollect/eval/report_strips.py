@@ -120,6 +120,9 @@ def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
             }[group]
             ax.set_title(title, loc="left", pad=32, fontsize=18)
             draw(ax, PRINT, face)
+            for name in ax.get_yticklabels():  # a long name must not run off the page, or into the other bars
+                room = 0.12 * figure.bbox.width
+                name.set_fontsize(16.0 * min(1.0, room / name.get_window_extent().width))
         if strip:
             _draw_film(figure, strip)
         buffer = io.BytesIO()
