@@ -17,14 +17,12 @@ import torch
 from recollect.cli import main
 from recollect.core.errors import ConfigError, RecollectError
 from recollect.core.layer import LayerOut, SequenceLayer
-from recollect.eval import bench_cases, bench_measure
+from recollect.eval import bench_cases
 from recollect.eval.bench_attention import KINDS, crossover, summary
 from recollect.eval.bench_cases import Case, Record, forecast, run_cases
 from recollect.eval.bench_figures import spread
 from recollect.eval.bench_layers import error_of, ratios
-from recollect.eval.bench_measure import median_time, peak_of
 from recollect.eval.bench_peers import BEST, PEERS
-from recollect.eval.bench_process import Worker
 from recollect.eval.bench_rows import VARIANTS, config_of, refusal, row_names, sizes
 from recollect.layers import LAYERS
 
@@ -318,67 +316,6 @@ def test_growth_goes_on() -> None:
     assert forecast([(256, 1.0), (512, 4.0)], 1024) == pytest.approx(16.0)
     assert forecast([(256, 1.0), (512, 1.0)], 1024) == pytest.approx(2.0), "at least linear"
     assert forecast([(256, 1.0), (512, 64.0)], 1024) == pytest.approx(512.0), "at most cubic"
-
-
-# Processes
-
-
-def test_processes_say_how_they_ended() -> None:
-    with Worker() as worker:
-        assert worker.run("json:loads", {"s": '{"a": 1}'}, limit_s=30) == {"status": "measured", "a": 1}
-        assert worker.run("json:loads", {"s": "{"}, limit_s=30)["why"].startswith("JSONDecodeError: ")
-        assert worker.run("os:abort", {}, limit_s=30) == {"status": "failed", "why": "its process died of SIGABRT"}
-        assert worker.run("no_such:thing", {}, limit_s=30)["why"].startswith("ModuleNotFoundError: ")
-        late = worker.run("subprocess:run", {"args": ["sleep", "20"]}, limit_s=1)
-        assert (late["status"], late["ran_over"]) == ("skipped", True)
-        assert late["why"] == "took more than 1 s"
-        free = bench_measure.available_bytes()
-        assert free is not None
-        large = worker.run("builtins:bytearray", {"source": free + 2**30}, limit_s=30)
-        assert (large["status"], large["ran_over"]) == ("skipped", True)
-        assert "out of memory" in large["why"]
-        env = worker.run("json:loads", {"s": "{}"}, limit_s=30)
-        assert env["status"] == "measured", "the server outlives its children"
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's variables, read from /proc")
-def test_processes_get_the_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recollect.train.runtime import ALLOCATOR_ENV, allocator_env
-
-    for name in ALLOCATOR_ENV:
-        monkeypatch.delenv(name, raising=False)
-    with Worker() as worker:
-        worker.run("json:loads", {"s": "{}"}, limit_s=30)
-        server = worker._server
-        assert server is not None
-        found = dict(pair.split("=", 1) for pair in Path(f"/proc/{server.pid}/environ").read_text().split("\0") if pair)
-    assert {name: found.get(name) for name in ALLOCATOR_ENV if name in allocator_env({})} == allocator_env({})
-    assert server.poll() is not None, "the server outlives its context"
-
-
-def test_peaks_are_of_the_call_alone() -> None:
-    """Neither what came before nor what stays counts; what came and went within does."""
-    mib = 2**20
-    torch.ones(96 * mib // 4)  # a larger peak before
-    kept: list[torch.Tensor] = []
-
-    def call() -> None:
-        torch.ones(48 * mib // 4)
-        kept.append(torch.ones(16 * mib // 4))
-
-    peak = peak_of(call, CPU)
-    assert 46 * mib < peak.bytes < 72 * mib
-    assert peak.seconds > 0
-
-
-def test_long_calls_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    assert median_time(lambda: calls.append(1), 0.0, CPU).repeats == 3
-    assert len(calls) == 3
-    assert median_time(lambda: calls.append(1), 0.0, CPU, first_s=11.0) == (11.0, 1)
-    assert len(calls) == 3
-    monkeypatch.setattr(bench_measure, "once", lambda *_: 11.0)
-    assert median_time(lambda: None, 0.0, CPU) == (11.0, 1)
 
 
 # Arithmetic
