@@ -57,9 +57,9 @@ def write_run(
     }
     if group == "recall":
         cells = {
-            "n_contexts": [2, 3, 4],
-            "n_keys": [2, 3],
-            "accuracy": [[1.0, score], [score, score / 2], [score, 0.1]],
+            "axes": ["contexts", "keys"],
+            "sizes": [[c, k] for c in (2, 3, 4) for k in (2, 3)],
+            "accuracy": [1.0, score, score, score / 2, score, 0.1],
         }
         oracles = {"uniform": 0.0625, "key-majority": 0.237, "perfect": 1.0}
         results["metrics"] = {"accuracy": score, "all_correct": score**4, "binding_gap": score - 0.237, "spare": None}

@@ -97,7 +97,7 @@ def test_published_grid():
     task = JointRecall()
     assert (task.vocab_size, task.max_length, len(task.cells())) == (58, 1057, 144)
     assert (task.first_key, task.first_context) == (26, 42)
-    lengths = [task.length(*cell) + 1 for cell in task.cells()]
+    lengths = [task.length(cell) + 1 for cell in task.cells()]
     assert (min(lengths), max(lengths), round(np.mean(lengths))) == (112, 1058, 464)
     assert np.mean([c * k for c, k in task.cells()]) == 110.25
     assert TASKS["joint-recall"] is JointRecall
@@ -112,7 +112,7 @@ def test_batch_is_one_cell_without_padding():
         size = tuple(batch.sizes[0].tolist())
         seen.add(size)
         assert (batch.sizes == size).all()
-        assert batch.tokens.shape == batch.labels.shape == batch.mask.shape == (3, task.length(*size))
+        assert batch.tokens.shape == batch.labels.shape == batch.mask.shape == (3, task.length(size))
         assert batch.mask.dtype == np.bool_
         assert batch.tokens.dtype == batch.labels.dtype == np.int64
         for tokens, labels, mask in zip(batch.tokens.tolist(), batch.labels.tolist(), batch.mask.tolist(), strict=True):
@@ -126,11 +126,11 @@ def test_mixed_batch_pads_on_the_right():
     task = JointRecall(SMALL)
     batch = task.mixed_batch(np.random.default_rng(1), 200)
     assert {tuple(s) for s in batch.sizes.tolist()} == set(task.cells())
-    L = task.length(4, 5)
+    L = task.length((4, 5))
     assert batch.tokens.shape == (200, L)
     for tokens, labels, mask, (c, k) in zip(*(array.tolist() for array in batch), strict=True):
         full = [tokens[0], *labels]
-        length = task.length(c, k) + 1
+        length = task.length((c, k)) + 1
         check_sample(task, full[:length], (c, k))
         assert full[length:] == [PAD] * (L + 1 - length)
         assert tokens == full[:-1]

@@ -383,11 +383,21 @@ def plain(value: Any) -> Any:
 
 
 def mean_table(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Mean of accuracy tables {"n_contexts", "n_keys", "accuracy"} over the same sizes; None when there is none."""
+    """Mean of accuracies by size over the same sizes; None when there is none.
+
+    Takes what ``RecallScores.cells`` gives and lays it out over its last two axes: {"axes", "rows", "columns",
+    "accuracy" (rows, columns)}, NaN where a size was not asked for.
+    """
     tables = list(rows)
     if not tables:
         return None
     first = tables[0]
-    same = [t for t in tables if (t["n_contexts"], t["n_keys"]) == (first["n_contexts"], first["n_keys"])]
+    same = [t for t in tables if t["sizes"] == first["sizes"]]
     accuracy = np.mean([np.array(t["accuracy"], dtype=np.float64) for t in same], axis=0)
-    return {"n_contexts": list(first["n_contexts"]), "n_keys": list(first["n_keys"]), "accuracy": accuracy}
+    outer = [tuple(size[:-1]) for size in first["sizes"]]
+    rows_, columns = list(dict.fromkeys(outer)), sorted({int(size[-1]) for size in first["sizes"]})
+    laid = np.full((len(rows_), len(columns)), np.nan)
+    for before, size, value in zip(outer, first["sizes"], accuracy, strict=True):
+        laid[rows_.index(before), columns.index(size[-1])] = value
+    names = [" x ".join(map(str, before)) for before in rows_]
+    return {"axes": list(first["axes"]), "rows": names, "columns": columns, "accuracy": laid}

@@ -196,15 +196,18 @@ def draw_table_heat(ax: Axes, palette: Palette, row: Row) -> None:
     accuracy = table["accuracy"]
     n_rows, n_columns = accuracy.shape
     for i, j in np.ndindex(n_rows, n_columns):
+        if not np.isfinite(accuracy[i, j]):
+            continue
         value = float(np.clip(accuracy[i, j], 0.0, 1.0))
         cell = Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=palette.heat, alpha=value, linewidth=0)
         ax.add_patch(cell)
         if max(n_rows, n_columns) <= 8:
             ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=11)
-    ax.set(xlim=(-0.5, n_columns - 0.5), ylim=(-0.5, n_rows - 0.5), xlabel="keys", ylabel="contexts")
+    ax.set(xlim=(-0.5, n_columns - 0.5), ylim=(-0.5, n_rows - 0.5))
+    ax.set(xlabel=table["axes"][-1], ylabel=" x ".join(table["axes"][:-1]))
     every = max(1, -(-max(n_rows, n_columns) // 8))
-    ax.set_xticks(range(0, n_columns, every), [str(n) for n in table["n_keys"][::every]])
-    ax.set_yticks(range(0, n_rows, every), [str(n) for n in table["n_contexts"][::every]])
+    ax.set_xticks(range(0, n_columns, every), [str(n) for n in table["columns"][::every]])
+    ax.set_yticks(range(0, n_rows, every), table["rows"][::every])
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)

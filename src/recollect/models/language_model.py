@@ -64,11 +64,13 @@ class LanguageModel(nn.Module):
         """h E^T."""
         return F.linear(h, self.embedding.weight)
 
-    def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, tokens: Tensor, labels: Tensor, mask: Tensor, reset: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over masked positions plus ``aux_weight`` times the layers' losses; and its
-        parts, detached.
+        parts, detached. ``reset`` (B, L) is true where a packed row begins another sample.
         """
-        h, _, aux = self.hidden(tokens)
+        h, _, aux = self.hidden(tokens, reset=reset)
         logits, wanted = self.head(h[mask]), labels[mask]
         cross_entropy = F.cross_entropy(logits, wanted)
         total = cross_entropy

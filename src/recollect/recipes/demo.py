@@ -40,7 +40,7 @@ def demo_smoke() -> FaceOff:
     def shrink(run: RunConfig) -> RunConfig:
         problem = run.problem
         if isinstance(problem, RecallConfig):
-            task = JointRecall.Config(n_contexts=(1, 2), n_keys=(1, 2), n_values=4)
+            task = JointRecall.Config(n_contexts=(1, 2), n_keys=(2, 3), n_values=8)
             problem = replace(problem, task=task, batch_size=4, valid_samples=4, test_samples=4)
         elif isinstance(problem, WorldConfig):
             env = DistractingMemory.Config(width=11)

@@ -13,30 +13,31 @@ uniform. Only the first ``n_contexts`` context ids and the first ``n_keys`` key 
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from recollect.core.config import Config as BaseConfig
 from recollect.core.errors import ConfigError
+from recollect.tasks.base import Oracle, Size, Split, Task, TaskConfig
 from recollect.tasks.batch import Bools, Ints, TokenBatch
+from recollect.tasks.splits import Facts, draw_in
 
 BOS, EOS, PAD, SEP = 1, 2, 3, 4
 FIRST_VALUE = 10
 """Values start here. Ids 5 to 9 and ``EOS`` are not used: they stand so that ids equal the published ones."""
 
 
-class JointRecall:
+class JointRecall(Task):
     """Generator of joint-recall batches.
 
-    It holds no random state: the caller passes a generator for every batch, and keeps training, validation and test
-    apart by the names of the streams it draws them from. Nothing removes duplicates, so training may by chance meet a
-    table of the test set: one of 1 x 2 has 256 fillings and is met all the time, one of 5 x 5 has 16^25 and never is.
+    It holds no random state: the caller passes a generator for every batch. Training, validation and test share no
+    table (``tasks.splits``), however small; without a ``split`` tables come as they may.
     """
 
     @dataclass(frozen=True)
-    class Config(BaseConfig, kind="joint-recall"):
+    class Config(TaskConfig, kind="joint-recall"):
         """Inclusive ranges of table sizes, and the id space they live in. The defaults are the published grid.
 
         Raises ConfigError for a size below 1, a reversed range, or an id space smaller than the largest table.
@@ -65,6 +66,12 @@ class JointRecall:
                 if limit is not None and limit < high:
                     raise ConfigError(f"{self.kind}: {name} must be at least {high}, the largest table, got {limit}")
 
+        def build(self) -> JointRecall:
+            return JointRecall(self)
+
+    axes = ("contexts", "keys")
+    blind = "key-majority"
+
     def __init__(self, config: Config | None = None) -> None:
         self.config = JointRecall.Config() if config is None else config
         self.max_contexts = self.config.max_contexts or self.config.n_contexts[1]
@@ -80,18 +87,21 @@ class JointRecall:
     @property
     def max_length(self) -> int:
         """Input tokens of the largest table that will be drawn: 1,057 on the published grid."""
-        return self.length(self.config.n_contexts[1], self.config.n_keys[1])
+        return self.length((self.config.n_contexts[1], self.config.n_keys[1]))
 
-    def length(self, n_contexts: int, n_keys: int) -> int:
+    def length(self, size: Size) -> int:
         """Input tokens L of a table of this size, 1 + 2 n_contexts (2 n_keys + 1): the last token is only a label."""
+        n_contexts, n_keys = size
         return 1 + 2 * n_contexts * (2 * n_keys + 1)
 
-    def cells(self) -> list[tuple[int, int]]:
+    def cells(self) -> list[Size]:
         """Every (n_contexts, n_keys) that can be drawn."""
         (low, high), (key_low, key_high) = self.config.n_contexts, self.config.n_keys
         return [(c, k) for c in range(low, high + 1) for k in range(key_low, key_high + 1)]
 
-    def batch(self, rng: np.random.Generator, batch_size: int, *, size: tuple[int, int] | None = None) -> TokenBatch:
+    def batch(
+        self, rng: np.random.Generator, batch_size: int, *, size: Size | None = None, split: Split | None = None
+    ) -> TokenBatch:
         """``batch_size`` samples of one size, without padding.
 
         ``size`` is (n_contexts, n_keys), anywhere in the id space; None draws one of ``cells()`` for the whole batch.
@@ -105,15 +115,15 @@ class JointRecall:
         else:
             limits = f"1..{self.max_contexts} contexts x 1..{self.max_keys} keys"
             raise ConfigError(f"joint-recall: size {size} is outside {limits}; raise max_contexts or max_keys")
-        return self._write(rng, np.repeat(sizes, batch_size, axis=0))
+        return self._write(rng, np.repeat(sizes, batch_size, axis=0), split)
 
-    def mixed_batch(self, rng: np.random.Generator, batch_size: int) -> TokenBatch:
+    def mixed_batch(self, rng: np.random.Generator, batch_size: int, *, split: Split | None = None) -> TokenBatch:
         """``batch_size`` samples, each of a size of its own, padded on the right with ``PAD`` to the longest of them.
 
         As in the published data, a sample that ends before the longest one keeps its last answer in the input.
         """
         self._check_batch_size(batch_size)
-        return self._write(rng, self._draw_sizes(rng, batch_size))
+        return self._write(rng, self._draw_sizes(rng, batch_size), split)
 
     def render(self, tokens: npt.NDArray[np.int64], answers: npt.NDArray[np.int64] | None = None) -> str:
         """One sample (L,) as text: ``A a 3 b 2 B b 4 a 1 | B a ? b ? A b ? a ?``; values count from 1.
@@ -138,6 +148,15 @@ class JointRecall:
                 words.append(str(token - FIRST_VALUE + 1))
         return " ".join(words) if answers is None else f"{' '.join(words)} -> {' '.join(told)}"
 
+    @property
+    def oracles(self) -> Mapping[str, Oracle]:
+        from recollect.tasks.oracles import ORACLES
+
+        def bound(oracle: Callable[[TokenBatch, JointRecall], Ints]) -> Oracle:
+            return lambda batch: oracle(batch, self)
+
+        return {name: bound(oracle) for name, oracle in ORACLES.items()}
+
     def _check_batch_size(self, batch_size: int) -> None:
         if batch_size < 1:
             raise ConfigError(f"joint-recall: batch_size must be at least 1, got {batch_size}")
@@ -146,11 +165,18 @@ class JointRecall:
         low, high = np.array([self.config.n_contexts, self.config.n_keys]).T
         return rng.integers(low, high, size=(n, 2), endpoint=True)
 
-    def _write(self, rng: np.random.Generator, sizes: Ints) -> TokenBatch:
+    def _write(self, rng: np.random.Generator, sizes: Ints, split: Split | None) -> TokenBatch:
         """Samples of the given sizes (B, 2). All are laid out at the largest size, then what they lack is cut out."""
         B, (C, K) = len(sizes), sizes.max(axis=0)
         n_contexts, n_keys = sizes[:, 0, None, None], sizes[:, 1, None, None, None]
-        table_BCK = rng.integers(self.config.n_values, size=(B, C, K))
+        cell_CK = np.indices((C, K)).transpose(1, 2, 0)
+
+        def facts(rows: Ints, table: Ints) -> Facts:
+            told = np.concatenate([np.broadcast_to(cell_CK, (*table.shape, 2)), table[..., None]], axis=-1)
+            used = (cell_CK < sizes[rows, None, None]).all(axis=-1)
+            return Facts(told.reshape(len(rows), -1, 3), used.reshape(len(rows), -1))
+
+        table_BCK = draw_in(split, B, lambda rows: rng.integers(self.config.n_values, size=(len(rows), C, K)), facts)
         context_BSC = _permutations(rng.random((B, 2, C)), n_contexts)
         key_BSCK = _permutations(rng.random((B, 2, C, K)), n_keys)
         value_BSCK = table_BCK[np.arange(B)[:, None, None, None], context_BSC[..., None], key_BSCK]

@@ -1,4 +1,4 @@
-"""Training a language model on joint recall."""
+"""Training a language model on a recall task."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from recollect.eval.recall import recall_scores
 from recollect.models.backbone import Backbone
 from recollect.models.language_model import LanguageModel
 from recollect.ops.patterns import Pattern, key_budget
-from recollect.tasks import JointRecall
+from recollect.tasks.base import Split, TaskConfig
 from recollect.train.problem import Evaluation, Problem
 from recollect.train.run import ProblemConfig
 
 
 @dataclass(frozen=True)
 class RecallConfig(ProblemConfig, kind="recall"):
-    """Joint recall for a backbone. Every training batch holds tables of one size drawn from the task's ranges."""
+    """A recall task for a backbone. Every training batch holds samples of one size drawn from the task's ranges."""
 
-    task: JointRecall.Config
+    task: TaskConfig
     backbone: Backbone.Config
     batch_size: int = 32
     embedding_std: float = 0.1
     aux_weight: float = 0.1
     valid_samples: int = 32
-    """Samples per table size in evaluations during training."""
+    """Samples per size in evaluations during training."""
     test_samples: int = 128
-    """Samples per table size in the final evaluation."""
+    """Samples per size in the final evaluation."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "valid_samples", "test_samples"):
@@ -43,14 +43,14 @@ class RecallConfig(ProblemConfig, kind="recall"):
 
 
 class Recall(Problem):
-    """Cross-entropy on the asked positions; scored by per-sample accuracy over all table sizes."""
+    """Cross-entropy on the asked positions; scored by per-sample accuracy over all sizes."""
 
     headline = "accuracy"
     higher_is_better = True
 
     def __init__(self, config: RecallConfig) -> None:
         self.config = config
-        self.task = JointRecall(config.task)
+        self.task = config.task.build()
 
     def build_model(self) -> LanguageModel:
         c = self.config
@@ -61,7 +61,7 @@ class Recall(Problem):
         )
 
     def batch(self, step: int, streams: Streams, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        drawn = self.task.batch(streams.numpy("data", "train", step), self.config.batch_size)
+        drawn = self.task.batch(streams.numpy("data", "train", step), self.config.batch_size, split="train")
         tokens, labels, mask = (torch.from_numpy(a).to(device) for a in (drawn.tokens, drawn.labels, drawn.mask))
         return tokens, labels, mask
 
@@ -77,15 +77,17 @@ class Recall(Problem):
     def evaluate(self, model: nn.Module, streams: Streams, *, final: bool) -> Evaluation:
         assert isinstance(model, LanguageModel)
         c = self.config
-        split, n = ("test", c.test_samples) if final else ("valid", c.valid_samples)
-        scores = recall_scores(model, self.task, lambda cell: streams.numpy("eval", split, cell), n)
+        split: Split = "test" if final else "valid"
+        n = c.test_samples if final else c.valid_samples
+        scores = recall_scores(model, self.task, lambda cell: streams.numpy("eval", split, cell), n, split)
         metrics = {
             "accuracy": scores.mean,
-            "accuracy_largest": float(scores.accuracy[-1, -1]),
+            "accuracy_largest": float(scores.accuracy[-1]),
             "all_correct": float(scores.all_correct.mean()),
-            "binding_gap": scores.mean - scores.oracles["key-majority"],
         }
-        cells = {"n_contexts": scores.n_contexts, "n_keys": scores.n_keys, "accuracy": scores.accuracy.tolist()}
+        if self.task.blind is not None:
+            metrics["binding_gap"] = scores.mean - scores.oracles[self.task.blind]
+        cells = scores.cells(self.task.axes)
         return Evaluation(metrics, {"cells": cells, "oracles": scores.oracles, "key_budget": self._key_budget()})
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
