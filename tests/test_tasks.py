@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 
 from recollect.core.config import from_dict, override, to_dict
 from recollect.core.errors import ConfigError
-from recollect.tasks import TASKS, JointRecall, TokenBatch, accuracy
-from recollect.tasks.joint_recall import BOS, FIRST_VALUE, PAD, SEP
+from recollect.tasks import TASKS, JointRecall, TokenBatch, accuracy, joint_recall
+from recollect.tasks.joint_recall import BLANK, BOS, FIRST_VALUE, PAD, SEP
 from recollect.tasks.oracles import ORACLES
 
 SMALL = JointRecall.Config(n_contexts=(1, 4), n_keys=(1, 5))
@@ -100,7 +101,7 @@ def test_published_grid():
     lengths = [task.length(cell) + 1 for cell in task.cells()]
     assert (min(lengths), max(lengths), round(np.mean(lengths))) == (112, 1058, 464)
     assert np.mean([c * k for c, k in task.cells()]) == 110.25
-    assert TASKS["joint-recall"] is JointRecall
+    assert TASKS["multi-query-joint-recall"] == JointRecall.Config() == JointRecall.Config.published()
 
 
 def test_batch_is_one_cell_without_padding():
@@ -233,6 +234,9 @@ def test_larger_id_space():
         ({"n_values": 0}, "n_values must be at least 1"),
         ({"max_contexts": 15}, "max_contexts must be at least 16"),
         ({"max_keys": 15}, "max_keys must be at least 16"),
+        ({"vocab_size": 57}, "vocab_size must be at least 58, got 57"),
+        ({"n_queries": 0}, "n_queries must be at least 1"),
+        ({"n_queries": 26}, "n_queries must be at most 25"),
     ],
 )
 def test_impossible_configs(values: dict[str, Any], message: str):
@@ -251,6 +255,85 @@ def test_impossible_requests():
         task.batch(rng, 0)
     with pytest.raises(ConfigError, match="batch_size"):
         task.mixed_batch(rng, 0)
+
+
+def test_answers_can_be_hidden():
+    """The same draws with and without: only the value tokens of the inquiry differ, and no label does."""
+    config = JointRecall.Config(n_contexts=(1, 4), n_keys=(1, 5), hide_answers=True)
+    for n_queries in (None, 1):
+        shown = JointRecall(replace(config, hide_answers=False, n_queries=n_queries))
+        hidden = JointRecall(replace(config, n_queries=n_queries))
+        a, b = (task.mixed_batch(np.random.default_rng(4), 64) for task in (shown, hidden))
+        assert (a.labels == b.labels).all()
+        assert (a.mask == b.mask).all()
+        inquiry = np.cumsum(a.tokens == SEP, axis=1) > 0
+        answers = inquiry & (a.tokens >= FIRST_VALUE) & (a.tokens < shown.first_key)
+        assert (b.tokens == np.where(answers, BLANK, a.tokens)).all()
+        assert answers.any()
+        for name in hidden.oracles:
+            assert (hidden.oracles[name](b) == shown.oracles[name](a)).all()
+        assert hidden.render(b.tokens[0], b.labels[0]) == shown.render(a.tokens[0], a.labels[0])
+
+
+def test_random_ids_say_nothing_of_the_size():
+    config = JointRecall.Config(n_contexts=(1, 4), n_keys=(1, 5), random_ids=True)
+    task = JointRecall(config)
+    batch = task.batch(np.random.default_rng(4), 3000, size=(1, 2))
+    contexts = np.bincount(batch.tokens[:, 1] - task.first_context, minlength=4)
+    assert np.abs(contexts - 750).max() < 5 * np.sqrt(3000 * 3 / 16)
+    keys = batch.tokens[:, [2, 4]] - task.first_key
+    assert (keys[:, 0] != keys[:, 1]).all()
+    pairs = np.bincount(keys @ [5, 1], minlength=25).reshape(5, 5)
+    assert np.abs(pairs[~np.eye(5, dtype=bool)] - 150).max() < 5 * np.sqrt(150)
+    for tokens, labels, (c, k) in zip(
+        *(getattr(batch, f).tolist() for f in ("tokens", "labels", "sizes")), strict=True
+    ):
+        told, asked = parse(task, [*tokens, labels[-1]])
+        assert {(c, *pair) for c, block in told for pair in block} == {
+            (c, *pair) for c, block in asked for pair in block
+        }
+        assert (c, k) == (1, 2)
+
+
+def test_some_cells_are_asked_for_each_under_its_own_context():
+    task = JointRecall(JointRecall.Config(n_contexts=(2, 3), n_keys=(2, 3), n_queries=3))
+    batch = task.batch(np.random.default_rng(0), 3000, size=(2, 3))
+    assert batch.tokens.shape[1] == task.length((2, 3)) == 1 + 14 + 1 + 9 - 1
+    asked = batch.labels[:, 15:].reshape(-1, 3, 3)  # context, key, value
+    assert (batch.tokens[:, 15] == SEP).all()
+    cells = 3 * (asked[..., 0] - task.first_context) + asked[..., 1] - task.first_key
+    assert (np.diff(np.sort(cells, axis=1), axis=1) > 0).all(), "a cell is asked for twice"
+    for place in range(3):
+        counts = np.bincount(cells[:, place], minlength=6)
+        assert np.abs(counts - 500).max() < 5 * np.sqrt(500)
+    mixed = task.mixed_batch(np.random.default_rng(0), 100)
+    assert (mixed.mask.sum(axis=1) == 3).all()
+    with pytest.raises(ConfigError, match="fewer than 3 cells"):
+        task.batch(np.random.default_rng(0), 1, size=(1, 2))
+
+
+def test_example_of_the_docs_with_two_queries():
+    task = JointRecall(JointRecall.Config(n_contexts=(2, 2), n_keys=(2, 2), n_queries=2))
+    rng: Any = Scripted(
+        [[[2, 1], [0, 3]]],
+        [[[0.1, 0.2]]],
+        [[[[0.1, 0.5], [0.5, 0.1]]]],
+        [[0.2, 0.9, 0.1, 0.9]],  # cells A a, A b, B a, B b: the smallest two, in order
+    )
+    batch = task.batch(rng, 1, size=(2, 2))
+    text = "A a 3 b 2 B b 4 a 1 | B a ? A a ?"
+    assert task.render(batch.tokens[0], batch.labels[0]) == f"{text} -> 1 3"
+    assert text in " ".join((joint_recall.__doc__ or "").split())
+
+
+def test_tracks():
+    published, masked, mini = (getattr(JointRecall.Config, name)() for name in ("published", "masked", "mini"))
+    assert {masked.hide_answers, masked.random_ids} == {True}
+    assert (masked.build().vocab_size, masked.build().max_length) == (58, 1057)
+    assert masked.build().cells() == published.build().cells()
+    assert mini.build().cells()[-1] == (8, 8)
+    assert mini.build().max_length == 273
+    assert JointRecall.Config(vocab_size=100).build().vocab_size == 100
 
 
 def test_config_is_plain_data():

@@ -33,7 +33,10 @@ def _layers() -> list[Row]:
 def _tasks() -> list[Row]:
     from recollect.tasks import TASKS
 
-    return _described(TASKS)
+    return [
+        {"name": name, "summary": _summary(type(config.build())), "config": to_dict(config)}
+        for name, config in TASKS.items()
+    ]
 
 
 def _envs() -> list[Row]:

@@ -5,13 +5,29 @@ A new task is one file and one line of ``TASKS``.
 
 from __future__ import annotations
 
-from typing import Any
-
+from recollect.tasks.associative_recall import AssociativeRecall
+from recollect.tasks.base import TaskConfig
 from recollect.tasks.batch import TokenBatch, accuracy
 from recollect.tasks.joint_recall import JointRecall
+from recollect.tasks.multi_level import MultiLevelRecall
+from recollect.tasks.zoology import Zoology
 
-TASKS: dict[str, type[Any]] = {
-    "joint-recall": JointRecall,
+TASKS: dict[str, TaskConfig] = {
+    "associative-recall": AssociativeRecall.Config(),
+    "multi-query-associative-recall": Zoology.Config(),
+    "joint-recall": JointRecall.Config(n_queries=1),
+    "multi-query-joint-recall": JointRecall.Config(),
+    "multi-level-joint-recall": MultiLevelRecall.Config(),
 }
+"""What each task asks by default; the sizes are the config's, to be replaced."""
 
-__all__ = ["TASKS", "JointRecall", "TokenBatch", "accuracy"]
+__all__ = [
+    "TASKS",
+    "AssociativeRecall",
+    "JointRecall",
+    "MultiLevelRecall",
+    "TaskConfig",
+    "TokenBatch",
+    "Zoology",
+    "accuracy",
+]

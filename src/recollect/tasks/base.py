@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -29,10 +29,10 @@ class TaskConfig(Config):
 class Task(ABC):
     """A generator of token batches, without any random state of its own: every batch is drawn from the caller's."""
 
-    axes: ClassVar[tuple[str, ...]]
+    axes: tuple[str, ...]
     """What the numbers of a size count, outermost first: ("contexts", "keys")."""
 
-    blind: ClassVar[str | None] = None
+    blind: str | None = None
     """The oracle that knows everything but the context; what a score exceeds it by is the context-binding gap."""
 
     @property
@@ -66,7 +66,7 @@ class Task(ABC):
 
     @abstractmethod
     def mixed_batch(self, rng: np.random.Generator, batch_size: int, *, split: Split | None = None) -> TokenBatch:
-        """``batch_size`` samples, each of a size of its own, padded on the right with ``PAD`` to the longest."""
+        """``batch_size`` samples, each of a size of its own, padded on the right to the longest."""
 
     @abstractmethod
     def render(self, tokens: Ints, answers: Ints | None = None) -> str:

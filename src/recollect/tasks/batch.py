@@ -18,11 +18,11 @@ class TokenBatch(NamedTuple):
     tokens: Ints
     """(B, L) model input."""
     labels: Ints
-    """(B, L) the token that follows each input token."""
+    """(B, L) where an answer is asked for, that answer; elsewhere the token that follows."""
     mask: Bools
     """(B, L) true exactly where an answer is asked for; loss and accuracy are read there and nowhere else."""
     sizes: Ints
-    """(B, 2) size of each sample, as the task counts it; for joint recall (contexts, keys)."""
+    """(B, axes) size of each sample, as the task counts it; for joint recall (contexts, keys)."""
 
 
 def accuracy(predictions: npt.NDArray[Any], batch: TokenBatch) -> Floats:
