@@ -285,14 +285,11 @@ def test_random_ids_say_nothing_of_the_size():
     assert (keys[:, 0] != keys[:, 1]).all()
     pairs = np.bincount(keys @ [5, 1], minlength=25).reshape(5, 5)
     assert np.abs(pairs[~np.eye(5, dtype=bool)] - 150).max() < 5 * np.sqrt(150)
-    for tokens, labels, (c, k) in zip(
-        *(getattr(batch, f).tolist() for f in ("tokens", "labels", "sizes")), strict=True
-    ):
-        told, asked = parse(task, [*tokens, labels[-1]])
-        assert {(c, *pair) for c, block in told for pair in block} == {
-            (c, *pair) for c, block in asked for pair in block
-        }
-        assert (c, k) == (1, 2)
+    assert (accuracy(task.oracles["perfect"](batch), batch) == 1).all()
+    full = np.concatenate([batch.tokens, batch.labels[:, -1:]], axis=1)
+    for tokens in full[:100].tolist():
+        told, asked = ([(c, sorted(pairs)) for c, pairs in part] for part in parse(task, tokens))
+        assert told == asked
 
 
 def test_some_cells_are_asked_for_each_under_its_own_context():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -165,10 +166,14 @@ def test_multi_level_examples_of_the_docs() -> None:
         for j in (0, 1) if i == 0 else (1, 0):
             told.append(inner[j])
             told += [token for key, value in blocks[j] for token in (key, value + 9)]
-    one = np.array([*told, 4, outer[0], inner[1], b])
+    one = np.array([*told, 4, outer[1], inner[1], b])
     assert task.length((2, 2, 2)) == len(one)
-    text = task.render(one, np.array([*one[1:], 3 + 9]))
-    assert text in plain(multi_level)
+    assert task.render(one, np.array([*one[1:], 6 + 9])) in plain(multi_level)
+    asked = [outer[1], inner[0], b, 17, a, 16, inner[1], a, 14, b, 15]
+    asked += [outer[0], inner[1], b, 12, a, 13, inner[0], b, 11, a]
+    every = np.array([*told, 4, *asked])
+    assert MultiLevelRecall(replace(task.config, n_queries=None)).length((2, 2, 2)) == len(every)
+    assert task.render(every, np.array([*every[1:], 10])) in plain(multi_level)
 
 
 def test_solvers_blind_to_a_level() -> None:

@@ -3,7 +3,8 @@
 Every level has a vocabulary of its own, and a key has a value under every chain of contexts. Two levels of two contexts
 and two keys::
 
-    1A 2A a 1 b 2 2B b 3 a 4 1B 2B a 5 b 6 2A a 7 b 8 | 1B 2A b ? a ? 2B ... ?      ->  8 7 ...
+    1A 2A a 1 b 2 2B b 3 a 4 1B 2B a 5 b 6 2A a 7 b 8 | 1B 2A b ? a ? 2B a ? b ? 1A 2B b ? a ? 2A b ? a ?
+        ->  8 7 5 6 3 4 2 1
 
 Tokens: ``bos``; for every outermost context its token and then all below it, down to the keys, each followed by its
 value; ``sep``; the same blocks again. With ``n_queries``, so many cells, each as its contexts, its key and its value::
