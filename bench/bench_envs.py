@@ -13,6 +13,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from recollect import __version__
 from recollect.data import Windows, collect, observations
 from recollect.envs import DistractingMemory
 from recollect.envs.distracting_memory import generate
-from recollect.tasks import JointRecall
+from recollect.tasks import TASKS, JointRecall
+from recollect.tasks.joint_recall import published_stream
 
 
 def best_rate(work: Callable[[], Any], items: int, runs: int = 7) -> float:
@@ -70,7 +72,10 @@ def measure() -> dict[str, float]:
         rates[f"joint recall {size[0]}x{size[1]}, samples/s"] = best_rate(
             lambda size=size: task.batch(rng, 128, size=size), 128
         )
-    rates["joint recall mixed sizes, samples/s"] = best_rate(lambda: task.mixed_batch(rng, 128), 128)
+    for name, described in TASKS.items():
+        each = described.build()
+        rates[f"{name}, mixed sizes, samples/s"] = best_rate(lambda each=each: each.mixed_batch(rng, 128), 128)
+    rates["published joint recall, samples/s"] = best_rate(lambda: list(islice(published_stream(), 1440)), 1440)
     return rates
 
 
