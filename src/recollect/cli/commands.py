@@ -54,7 +54,7 @@ def _list(command: arguments.List) -> int:
     for name, rows in found.items():
         table = Table(title=name, title_justify="left", box=None, pad_edge=False)
         for column in rows[0] if rows else ["name"]:
-            table.add_column(column.replace("_", " "), overflow="fold")
+            table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column == "name")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row.values()))
         Console().print(table, "")
