@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from recollect.core.errors import ConfigError
 from recollect.tasks.base import Oracle, Size, Split, Task, TaskConfig
-from recollect.tasks.batch import Bools, Ints, TokenBatch
+from recollect.tasks.batch import PAD, Bools, Ints, TokenBatch
 from recollect.tasks.splits import Facts, draw_in
 
-BOS, EOS, PAD, SEP = 1, 2, 3, 4
+BOS, EOS, SEP = 1, 2, 4
 FIRST_VALUE = 10
 """Values start here. Ids 5 to 9 and ``EOS`` are not used: they stand so that ids equal the published ones."""
 
@@ -110,11 +110,9 @@ class JointRecall(Task):
         self._check_batch_size(batch_size)
         if size is None:
             sizes = self._draw_sizes(rng, 1)
-        elif 1 <= size[0] <= self.max_contexts and 1 <= size[1] <= self.max_keys:
-            sizes = np.array([size], dtype=np.int64)
         else:
-            limits = f"1..{self.max_contexts} contexts x 1..{self.max_keys} keys"
-            raise ConfigError(f"joint-recall: size {size} is outside {limits}; raise max_contexts or max_keys")
+            self._check_size(size)
+            sizes = np.array([size], dtype=np.int64)
         return self._write(rng, np.repeat(sizes, batch_size, axis=0), split)
 
     def mixed_batch(self, rng: np.random.Generator, batch_size: int, *, split: Split | None = None) -> TokenBatch:
@@ -124,6 +122,12 @@ class JointRecall(Task):
         """
         self._check_batch_size(batch_size)
         return self._write(rng, self._draw_sizes(rng, batch_size), split)
+
+    def batch_of(self, rng: np.random.Generator, sizes: Ints, *, split: Split | None = None) -> TokenBatch:
+        """One sample of each of ``sizes`` (B, 2), drawn together; padded as in ``mixed_batch``."""
+        for corner in (sizes.min(axis=0), sizes.max(axis=0)):
+            self._check_size(tuple(corner.tolist()))
+        return self._write(rng, sizes.copy(), split)
 
     def render(self, tokens: npt.NDArray[np.int64], answers: npt.NDArray[np.int64] | None = None) -> str:
         """One sample (L,) as text: ``A a 3 b 2 B b 4 a 1 | B a ? b ? A b ? a ?``; values count from 1.
@@ -160,6 +164,11 @@ class JointRecall(Task):
     def _check_batch_size(self, batch_size: int) -> None:
         if batch_size < 1:
             raise ConfigError(f"joint-recall: batch_size must be at least 1, got {batch_size}")
+
+    def _check_size(self, size: Size) -> None:
+        if not (1 <= size[0] <= self.max_contexts and 1 <= size[1] <= self.max_keys):
+            limits = f"1..{self.max_contexts} contexts x 1..{self.max_keys} keys"
+            raise ConfigError(f"joint-recall: size {size} is outside {limits}; raise max_contexts or max_keys")
 
     def _draw_sizes(self, rng: np.random.Generator, n: int) -> Ints:
         low, high = np.array([self.config.n_contexts, self.config.n_keys]).T
