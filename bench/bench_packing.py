@@ -8,7 +8,8 @@ to a sample. ``padded`` is the published setting, a sample to a row; ``padded, n
 keep padding from the layers' own losses. ``one-size`` draws one size per batch, so it has no padding and no mixture.
 Arms take turns in one process with one thread, each on the batch of the same step, and the median of the repeats
 counts. Time is processor time, forward and backward, which a busy machine disturbs less than the clock; with one thread
-both agree on an idle one. ``draw_cpu_ms`` is what it takes to draw, place and write a batch; it is not part of the rates.
+both agree on an idle one. ``draw_cpu_ms`` is what it takes to draw, place and write a batch, which is not part of the
+rates.
 """
 
 from __future__ import annotations
