@@ -16,6 +16,7 @@ import pytest
 
 from recollect.cli import main
 from recollect.cli.arguments import FaceOff, Train, parse
+from recollect.core.config import override
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^(?P<mark><!-- run -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S)
@@ -59,7 +60,7 @@ def test_commands_parse_and_name_what_exists(page: Path) -> None:
             if isinstance(command, FaceOff):
                 load_recipe(command.recipe).overridden(command.overrides, command.seeds)
             elif isinstance(command, Train):
-                load_recipe(command.recipe).overridden(command.overrides).pick(command.row, command.group)
+                override(load_recipe(command.recipe).pick(command.row, command.group), command.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -15,7 +15,7 @@ from recollect.core.layer import LayerOut, SequenceLayer
 from recollect.core.types import Aux
 from recollect.layers.sparse_options import SparseOptions
 from recollect.ops.hashing import draw_planes, hash_buckets, hash_loss
-from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Sink, Window, find
+from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, find
 from recollect.ops.scan import accumulator_dtype
 from recollect.ops.selection import selection_divergence, selection_loss
 from recollect.ops.sparse_attention import Buckets, Memory, init_memory, memory_bytes, sparse_attention
@@ -32,7 +32,13 @@ class SparseAttention(SequenceLayer):
     discrete, buckets and selection, is taught by the losses that the options name, returned as ``aux["hash"]`` and
     ``aux["selection"]`` in training. No statistic over the sequence enters the hash. Time O(L (K + log L)), memory
     O(L K), and in training what those losses cost.
+
+    With ``dense`` set (``set_dense``), a layer in training reads all the past instead of what its patterns admit;
+    scores, buckets and their losses stay. In eval mode it makes no difference. A state belongs to the mode it was made
+    in.
     """
+
+    dense: bool = False
 
     @dataclass(frozen=True)
     class Config(SparseOptions, kind="sparse"):
@@ -138,7 +144,7 @@ class SparseAttention(SequenceLayer):
         c = self.config
         device = self.to_qk.weight.device if device is None else device
         dtype = self.to_qk.weight.dtype if dtype is None else dtype
-        memory = init_memory(c.union, batch, c.n_heads, c.key_width, self.d_value, device=device, dtype=dtype)
+        memory = init_memory(self.union, batch, c.n_heads, c.key_width, self.d_value, device=device, dtype=dtype)
         width = c.d_key if self.key_selection else 0
         query_sum = torch.zeros(batch, c.n_heads, width, device=device, dtype=accumulator_dtype(dtype))
         return self.State(memory, query_sum)
@@ -164,6 +170,11 @@ class SparseAttention(SequenceLayer):
         heads, d_key, n_rounds, n_planes = self.planes.shape
         generator = torch.Generator().manual_seed(int(self.plane_seed) + int(self.plane_draws))
         return draw_planes(d_key, heads, n_rounds, n_planes, generator).to(self.planes)
+
+    @property
+    def union(self) -> tuple[Pattern, ...]:
+        """The patterns in force: ``Full`` alone while dense."""
+        return (Full(),) if self.dense and self.training else self.config.union
 
     def _attend(self, x: Tensor, state: State | None, reset: Tensor | None, *, taught: bool) -> LayerOut:
         c, aux = self.config, Aux()
@@ -192,7 +203,7 @@ class SparseAttention(SequenceLayer):
             q,
             k,
             v,
-            c.union,
+            self.union,
             memory=None if state is None else state.memory,
             reset=reset,
             score_BLH=score,
@@ -223,6 +234,13 @@ class SparseAttention(SequenceLayer):
             return selection_divergence(q, k, score, n=n, scale=scale, reset=reset)
         target = self.config.selection_target
         return selection_loss(q, k, score, n=n, scale=scale, reset=reset, target=target)
+
+
+def set_dense(model: nn.Module, dense: bool) -> None:
+    """Let every sparse attention within ``model`` read all the past while it trains, or its own patterns again."""
+    for module in model.modules():
+        if isinstance(module, SparseAttention):
+            module.dense = dense
 
 
 def running_sum(x_BLHN: Tensor, start_BHN: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:

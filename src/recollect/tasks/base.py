@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from recollect.core.config import Config
-from recollect.tasks.batch import Ints, TokenBatch
+from recollect.tasks.batch import PAD, Ints, TokenBatch
 
 Size: TypeAlias = tuple[int, ...]
 Split = Literal["train", "valid", "test"]
@@ -67,6 +67,20 @@ class Task(ABC):
     @abstractmethod
     def mixed_batch(self, rng: np.random.Generator, batch_size: int, *, split: Split | None = None) -> TokenBatch:
         """``batch_size`` samples, each of a size of its own, padded on the right to the longest."""
+
+    def batch_of(self, rng: np.random.Generator, sizes: Ints, *, split: Split | None = None) -> TokenBatch:
+        """One sample of each of ``sizes`` (B, axes), anywhere in the id space, in that order and padded on the right.
+
+        Drawn one by one here; a task that can draw them together says so by overriding it.
+        """
+        drawn = [self.batch(rng, 1, size=tuple(size), split=split) for size in sizes.tolist()]
+        shape = (len(drawn), max(each.tokens.shape[1] for each in drawn))
+        tokens, labels = np.full(shape, PAD, dtype=np.int64), np.full(shape, PAD, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.bool_)
+        for row, each in enumerate(drawn):
+            for out, given in ((tokens, each.tokens), (labels, each.labels), (mask, each.mask)):
+                out[row, : given.shape[1]] = given[0]
+        return TokenBatch(tokens, labels, mask, sizes.copy())
 
     @abstractmethod
     def render(self, tokens: Ints, answers: Ints | None = None) -> str:

@@ -11,6 +11,9 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
+PAD = 3
+"""The token that fills what samples leave free."""
+
 
 class TokenBatch(NamedTuple):
     """Token sequences with next-token labels. All arrays own their memory."""

@@ -155,6 +155,12 @@ class NestedRecall(Task):
         self._check_batch_size(batch_size)
         return self._write(rng, self._draw_sizes(rng, batch_size), split)
 
+    def batch_of(self, rng: np.random.Generator, sizes: Ints, *, split: Split | None = None) -> TokenBatch:
+        """One sample of each of ``sizes`` (B, axes), drawn together; padded as in ``mixed_batch``."""
+        for corner in (sizes.min(axis=0), sizes.max(axis=0)):
+            self._check_size(tuple(corner.tolist()))
+        return self._write(rng, sizes.copy(), split)
+
     def render(self, tokens: Ints, answers: Ints | None = None) -> str:
         """One sample (L,) as text; with ``answers`` (L,), those at the asked positions follow ``->``."""
         return self.vocabulary.render(tokens, answers)
