@@ -230,7 +230,7 @@ class ConstructedRecall(nn.Module):
     def hidden(
         self, tokens: Tensor, state: ConstructedState | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, ConstructedState, Aux]:
-        """What was found for tokens (B, L): (B, L, D) with the value's code in its coordinates. As ``LanguageModel``."""
+        """What was found for tokens (B, L), as (B, L, D) with the value's code in its place. As ``LanguageModel``."""
         written = self.overwrite(self.embedding(tokens), None if state is None else state.written, reset=reset)
         found = self.attention(written.y, None if state is None else state.memory, reset=reset)
         return found.y, ConstructedState(written.state, found.state), {}
