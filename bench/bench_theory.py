@@ -100,8 +100,8 @@ def draw_cost(rows: Sequence[dict[str, Any]], path: Path) -> None:
             (growth, random, "crowd_worst", "worst bucket, any order", "^--", 2, -13),
             (growth, random, "crowd_mean", "mean bucket", "v--", 3, 0),
             (growth, digits, "keys", "keys per query, digits", "D-", 4, 0),
-            (cost, random, "us_per_token", "random planes", "o-", 0, 0),
-            (cost, digits, "us_per_token", "digits", "D-", 4, 0),
+            (cost, random, "us_per_token", "random planes", "o-", 0, 9),
+            (cost, digits, "us_per_token", "digits", "D-", 4, -10),
         ]
         for ax, chosen, field, name, style, colour, up in lines:
             ax.plot([r["cells"] for r in chosen], [r[field] for r in chosen], style, color=PRINT.rows[colour], ms=5)
@@ -119,7 +119,7 @@ def draw_cost(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ax.set_xlim(0.8, 4096 * 60)
             ticks = [4**i for i in range(7)]
             ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-            ax.set_ylim(0)
+            ax.set_ylim(0, 1.06 * ax.get_ylim()[1])
             ax.set_xlabel("cells n of a square table")
             ax.set_ylabel(label)
             ax.minorticks_off()

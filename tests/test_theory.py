@@ -67,6 +67,13 @@ def test_every_answer_is_right_at_64_by_64(planes: str) -> None:
     assert scored(ConstructedRecall(Config((64, 64), planes=planes)), batch) == 1.0  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n_contexts", range(1, 65))
+def test_every_answer_is_right_at_every_size(n_contexts: int) -> None:
+    for n_keys in range(1, 65):
+        assert scored(build(n_contexts, n_keys), tables((n_contexts, n_keys), 1)) == 1.0, (n_contexts, n_keys)
+
+
 def test_other_draws_and_other_numbers_of_values_are_exact_too() -> None:
     for seed in range(1, 6):
         assert scored(ConstructedRecall(Config((6, 11), seed=seed)), tables((6, 11), 8, seed)) == 1.0
