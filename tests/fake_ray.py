@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ class FakeRay:
         def wrap(function: Callable[..., Any]) -> Any:
             def start(*arguments: Any) -> Task:
                 # Through pickle, as over the network.
-                task = Task(function, pickle.loads(pickle.dumps(arguments)), options)
+                sent = pickle.loads(pickle.dumps(arguments))  # noqa: S301
+                task = Task(function, sent, options)
                 self.tasks.append(task)
                 return task
 
@@ -93,12 +95,13 @@ class FakeRay:
         return [t for t in tasks if t.done], [t for t in tasks if not t.done]
 
     def get(self, task: Task, timeout: float | None = None) -> Any:
-        assert task.done
+        assert task.done or timeout is None
         if task.error is not None:
             raise task.error
         return task.result
 
     def cancel(self, task: Task, *, force: bool) -> None:
+        assert task in self.tasks
         self.calls.append(f"cancel {'hard' if force else 'softly'}")
 
     def _carry_out(self, task: Task) -> None:
@@ -131,8 +134,8 @@ def install(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> FakeRay:
         setattr(module, name, getattr(fake, name))
     strategies = ModuleType("ray.util.scheduling_strategies")
     strategies.NodeAffinitySchedulingStrategy = NodeAffinitySchedulingStrategy
-    monkeypatch.setitem(__import__("sys").modules, "ray", module)
-    monkeypatch.setitem(__import__("sys").modules, "ray.util.scheduling_strategies", strategies)
+    monkeypatch.setitem(sys.modules, "ray", module)
+    monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", strategies)
     return fake
 
 
