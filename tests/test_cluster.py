@@ -177,6 +177,7 @@ def test_the_address_may_be_left_out(words: list[str], ray: str | None) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.filterwarnings("default")
 def test_on_the_real_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row whose process is killed again and again, one that raises and two that finish; then all are mended."""
     from fragile_problem import fragile
