@@ -20,10 +20,10 @@ help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 demo: $(VENV)/.installed-report  ## train the demonstration rows side by side and write runs/demo/report.html
-	$(BIN)/recollect faceoff demo --out runs/demo
+	$(BIN)/recollect faceoff demo --workers 2 --out runs/demo
 
 smoke: $(VENV)/.installed-report  ## the demonstration's code path end to end, in seconds
-	$(BIN)/recollect faceoff demo-smoke --out runs/smoke
+	$(BIN)/recollect faceoff demo-smoke --workers 2 --out runs/smoke
 
 test: $(VENV)/.installed-dev  ## run the tests (slow and gpu ones are left out: pytest -m slow, pytest -m gpu)
 	$(LEAN) $(BIN)/pytest -q -n $(JOBS)

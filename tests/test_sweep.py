@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,9 +18,11 @@ from rich.console import Console
 from recollect.cli.progress import PlainLines, table
 from recollect.core.errors import ConfigError, RunError
 from recollect.train import checkpoint as ckpt
+from recollect.train.executors import processes
+from recollect.train.executors.base import Job
 from recollect.train.loop import train
 from recollect.train.run import FaceOff
-from recollect.train.sweep import Job, longest_first, prepare, run_faceoff
+from recollect.train.sweep import longest_first, prepare, run_faceoff
 from toy_problem import ToyConfig, faceoff, toy_run
 
 
@@ -51,18 +56,21 @@ def test_an_interruption_ends_the_children_and_the_same_call_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     single = replace(faceoff(), runs=(toy_run("good"),))
-    seen: list[Job] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*args, **kwargs))
+        return started[-1]
 
     def interrupt(jobs: Sequence[Job]) -> None:
-        seen[:] = jobs
         if jobs[0].step >= 3:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
     monkeypatch.setenv("TOY_PAUSE_S", "0.2")
     with pytest.raises(KeyboardInterrupt):
         run_faceoff(single, tmp_path, workers=1, display=interrupt)
-    process = seen[0].process
-    assert process is not None
+    (process,) = started
     assert process.poll() == 130, "it wrote a checkpoint and left by itself"
     stems = ckpt.stems(tmp_path / "recall/good/seed0/checkpoints")
     assert 3 <= ckpt.step_of(stems[-1]) < 30
@@ -93,10 +101,10 @@ def test_the_longest_runs_start_first(tmp_path: Path) -> None:
         toy_run("known", time_limit_s=9.0),
     )
     jobs = prepare(FaceOff("order", "", rows, seeds=(0, 1)), tmp_path)
-    known = next(job for job in jobs if job.run.name == "recall/known/seed0")
+    known = next(job for job in jobs if job.name == "recall/known/seed0")
     known.status = "finished"
     known.where.results.write_text('{"wall_s": 70.0}')
-    order = [job.run.name.removeprefix("recall/") for job in longest_first(jobs) if job.status == "waiting"]
+    order = [job.name.removeprefix("recall/") for job in longest_first(jobs)]
     assert order == [
         "long/seed0",
         "long/seed1",

@@ -106,8 +106,13 @@ class FaceOff:
     """Where the runs and the report go. Default: runs/RECIPE."""
     seeds: Annotated[tuple[int, ...], arg(metavar="N [N ...]")] = ()
     """Train every row once per seed. Default: the recipe's own."""
+    lrs: Annotated[tuple[float, ...], arg(metavar="LR [LR ...]")] = ()
+    """Train every row at each of these learning rates too; a row is reported at the one that validates best."""
     workers: Annotated[int | None, arg(metavar="N")] = None
-    """Runs side by side, one thread each. Default: one per CPU core."""
+    """Run N at a time, each in a process of its own with one thread. Default: one after the other in this process."""
+    ray: Annotated[str | None, arg(metavar="[ADDRESS]")] = None
+    """Run on a Ray cluster, one CPU (with --device cuda also one GPU) each: auto, local or host:port. Without an
+    address: RAY_ADDRESS where it is set, else the cluster of this machine, else a new one. All nodes must see --out."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
 
@@ -222,8 +227,12 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
     ),
     "faceoff": (
         FaceOff,
-        "Train every row of a recipe side by side, then write one report. The same command goes on where it was.",
-        "recollect faceoff demo --out runs/demo\nrecollect faceoff demo --seeds 0 1 2 --workers 4 train.steps=2000",
+        "Train every row of a recipe, then write one report. The same command goes on where it was; seeds and learning "
+        "rates may be added.",
+        "recollect faceoff demo --out runs/demo\n"
+        "recollect faceoff demo --seeds 0 1 2 --workers 4 train.steps=2000\n"
+        "recollect faceoff demo --lrs 1e-3 3e-3 --seeds 0 1 2\n"
+        "recollect faceoff demo --ray auto --out /shared/runs/demo",
     ),
     "report": (
         Report,
@@ -260,6 +269,7 @@ _MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
     ),
 }
 
+_ADDRESS = re.compile(r"auto|local|ray://.+|[^/]+:\d+")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
@@ -271,6 +281,7 @@ def parse(argv: Sequence[str]) -> Command:
         # Taken out first, so that they may stand anywhere: also after options that take several values.
         assignments = tuple(word for word in words if _ASSIGNMENT.match(word))
         words = [word for word in words if not _ASSIGNMENT.match(word)]
+        words = [each for i, word in enumerate(words) for each in _with_address(word, words[i + 1 : i + 2])]
     if chosen == "bench" and words[1:] and words[1] in _MEASUREMENTS:
         kind, text, examples = _MEASUREMENTS[words[1]]
         prog = f"recollect bench {words[1]}"
@@ -287,6 +298,12 @@ def parse(argv: Sequence[str]) -> Command:
         tyro.conf.FlagCreatePairsOff,
     )
     return replace(command, overrides=assignments) if assignments else command
+
+
+def _with_address(word: str, following: Sequence[str]) -> list[str]:
+    """``--ray`` may stand alone; then an empty address is filled in."""
+    alone = word == "--ray" and not (following and _ADDRESS.fullmatch(following[0]))
+    return [word, ""] if alone else [word]
 
 
 def _parsed(kind: Any, prog: str, description: str, words: Sequence[str], *config: Any) -> Any:

@@ -111,12 +111,14 @@ def _faceoff(command: arguments.FaceOff) -> int:
     from recollect.recipes import load_recipe
     from recollect.train.sweep import run_faceoff
 
-    faceoff = load_recipe(command.recipe).overridden(command.overrides, command.seeds)
+    faceoff = load_recipe(command.recipe).overridden(command.overrides, command.seeds, command.lrs)
     directory = command.out or Path("runs") / command.recipe.replace(":", ".")
-    # A terminated sweep leaves as an interrupted one does: its children write a checkpoint and end first.
+    # A terminated face-off leaves as an interrupted one does: what runs writes a checkpoint and ends first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with display(faceoff.title) as show:
-        jobs = run_faceoff(faceoff, directory, workers=command.workers, device=command.device, display=show)
+        jobs = run_faceoff(
+            faceoff, directory, workers=command.workers, ray=command.ray, device=command.device, display=show
+        )
     failed = [job for job in jobs if job.status == "failed"]
     if len(failed) < len(jobs):
         try:
@@ -126,14 +128,18 @@ def _faceoff(command: arguments.FaceOff) -> int:
                 f"recollect: {error}; the runs are safe: afterwards run: recollect report {directory}", file=sys.stderr
             )
     for job in failed:
-        print(f"recollect: {job.run.name} failed: {job.error} (log: {job.log})", file=sys.stderr)
+        log = f" (log: {job.log})" if job.log.exists() else ""
+        print(f"recollect: {job.name} failed: {job.error}{log}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _report(directory: Path, project: Path | None = None) -> int:
     from recollect.eval.report import terminal_table, write_report
+    from recollect.eval.report_rates import undecided
 
     Console().print(terminal_table(directory))
+    for line in undecided(directory):
+        print(line)
     print(f"report: {write_report(directory)}")
     if project is not None:
         from recollect.eval.report_publish import publish

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from recollect.train.sweep import Display, Job
+from recollect.train.executors.base import Job
+from recollect.train.sweep import Display
 
 LINE_EVERY_S = 15.0
 
@@ -39,8 +40,8 @@ class PlainLines:
         if due:
             self._printed = time.monotonic()
         for job in jobs:
-            changed = self._status.get(job.run.name, "waiting") != job.status
-            self._status[job.run.name] = job.status
+            changed = self._status.get(job.name, "waiting") != job.status
+            self._status[job.name] = job.status
             if changed or (due and job.status == "running"):
                 print("  ".join(part for part in _parts(job) if part), flush=True)
 
@@ -53,7 +54,7 @@ def table(title: str, jobs: Sequence[Job]) -> Table:
         grid.add_column(column, justify="right")
     for job in jobs:
         grid.add_row(
-            job.run.name,
+            job.name,
             {"failed": "[red]failed[/]", "finished": "[green]finished[/]"}.get(job.status, job.status),
             f"{job.step}/{job.run.train.steps}",
             _number(job.loss),
@@ -67,7 +68,7 @@ def table(title: str, jobs: Sequence[Job]) -> Table:
 def _parts(job: Job) -> list[str]:
     left = f"{_duration(job.left_s)} left" if job.status == "running" and job.left_s is not None else ""
     return [
-        job.run.name,
+        job.name,
         job.status,
         f"step {job.step}/{job.run.train.steps}",
         f"loss {_number(job.loss)}" if job.loss is not None else "",

@@ -37,6 +37,7 @@ from recollect.eval.report_data import (
     rows_of,
 )
 from recollect.eval.report_page import chapters, provenance, reels
+from recollect.eval.report_rates import rate_data, rate_tables
 from recollect.eval.report_strips import films, summary_png
 from recollect.eval.report_text import Table, answer, sentences, tables
 
@@ -102,7 +103,7 @@ def _page(face: FaceOff) -> str:
         question=QUESTION,
         answer=answer(face),
         sentences=sentences(face),
-        tables=tables(face),
+        tables=[*tables(face), *rate_tables(face)],
         chapters=chapters(face),
         reels=reels(films(face)),
         provenance=provenance(face),
@@ -130,6 +131,7 @@ def _row_data(row: Row) -> dict[str, Any]:
     curves |= {f"eval.{name}": row.mean_curve(name, "step", evaluation=True) for name in sorted(names)}
     return {
         "row": row.name,
+        **rate_data(row),
         "runs": [{"seed": run.seed, "status": run.status, "last_step": run.last_step} for run in row.runs],
         "metrics": {name: {"mean": s.mean, "std": s.std, "n": s.n} for name, s in shown.items() if s is not None},
         "params": row.field("params"),

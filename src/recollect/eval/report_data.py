@@ -3,6 +3,9 @@
 A face-off directory is ``DIR/faceoff.json`` and, for every run, ``DIR/<group>/<row>/seed<k>/`` with ``results.json``
 (only once the run has finished), ``metrics.jsonl``, ``arrays.npz``, ``config.json`` and ``environment.json``. Runs that
 have not started or not finished are kept as such; a file that is damaged is an error that names it.
+
+Where the face-off tries several learning rates a run lies in ``DIR/<group>/<row>/lr<rate>/seed<k>/``, and a row is its
+runs at the rate that validates best (``recollect.eval.report_selection``).
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.core.errors import RunError, nearest
+from recollect.eval.report_selection import Tried, choose, validation_score
+from recollect.train.run import rate_name
 
-Status = Literal["finished", "unfinished", "not started"]
+Status = Literal["finished", "unfinished", "not started", "diverged"]
 Axis = Literal["step", "seconds"]
 Floats = npt.NDArray[np.float64]
 
@@ -34,7 +39,8 @@ METRICS: dict[str, tuple[str, ...]] = {
 ORACLE_NAMES = {"key-majority": "context-blind", "context-majority": "key-blind"}
 """What an oracle is called here, where its name in ``recollect.tasks`` says how it guesses."""
 
-LOWER_IS_BETTER = frozenset({"reconstruction_mse", "generation_mse"})
+LOWER_IS_BETTER = frozenset({"reconstruction_mse", "generation_mse", "loss", "error"})
+"""Of the metrics above, and of those that a problem of one's own may be validated by."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,11 @@ class Run:
     log: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
 
+    @cached_property
+    def validation(self) -> tuple[str, float] | None:
+        """Name and value of the score of the tested weights on validation data; None where there is none."""
+        return validation_score(self.results, self.log)
+
     @property
     def last_step(self) -> int:
         """The last step that was logged; 0 when nothing was."""
@@ -102,12 +113,65 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One backbone at one learning rate, over its seeds."""
+
+    lr: float
+    validation: Stat | None
+    """Over the seeds that have finished; what the rate is chosen by."""
+    test: Stat | None
+    """The metric that ranks the group, over the same seeds; shown, never chosen by."""
+    finished: int
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(cls, lr: float, runs: tuple[Run, ...]) -> Trial:
+        """The trial that these runs make up."""
+        done = [run for run in runs if run.status == "finished"]
+        validation = [run.validation[1] for run in done if run.validation is not None]
+        tested = [run.results["metrics"].get(METRICS[run.group][0]) for run in done]
+        test = [float(value) for value in tested if value is not None and math.isfinite(value)]
+        return cls(lr, Stat.of(validation) if validation else None, Stat.of(test) if test else None, len(done), runs)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a seed's loss stopped being finite, which it would do again."""
+        return any(run.status == "diverged" for run in self.runs)
+
+
+@dataclass(frozen=True)
 class Row:
-    """One backbone in one group, over its seeds."""
+    """One backbone in one group, over its seeds: at its one learning rate, or at the one chosen among ``trials``."""
 
     group: str
     name: str
     runs: tuple[Run, ...]
+    lr: float | None = None
+    """The rate that was chosen; None where none were tried, or none has a score yet."""
+    trials: tuple[Trial, ...] = ()
+    provisional: bool = False
+    """A rate has not finished on every seed: another one may be chosen yet."""
+
+    @classmethod
+    def chosen(cls, group: str, name: str, trials: tuple[Trial, ...]) -> Row:
+        """The row at the rate with the best mean validation score."""
+        scored = [run.validation[0] for trial in trials for run in trial.runs if run.validation is not None]
+        picked = choose(
+            [
+                Tried(
+                    None if trial.validation is None else trial.validation.mean,
+                    complete=trial.validation is not None and trial.validation.n == len(trial.runs),
+                    settled=trial.finished == len(trial.runs) or trial.diverged,
+                )
+                for trial in trials
+            ],
+            higher_is_better=not (scored and scored[0] in LOWER_IS_BETTER),
+        )
+        if picked.index is None:
+            furthest = max(trials, key=lambda trial: trial.finished)
+            return cls(group, name, furthest.runs, None, trials, picked.provisional)
+        trial = trials[picked.index]
+        return cls(group, name, trial.runs, trial.lr, trials, picked.provisional)
 
     @cached_property
     def finished(self) -> tuple[Run, ...]:
@@ -170,8 +234,13 @@ class FaceOff:
 
     @property
     def runs(self) -> list[Run]:
-        """Every run that ``faceoff.json`` asks for."""
+        """Every run of every row, at the learning rate that its row is reported at."""
         return [run for rows in self.groups.values() for row in rows for run in row.runs]
+
+    @property
+    def provisional(self) -> list[Row]:
+        """The rows that may yet be reported at another learning rate."""
+        return [row for rows in self.groups.values() for row in rows if row.provisional]
 
     def ranked(self, group: str) -> list[Row]:
         """The rows with results, best first."""
@@ -234,14 +303,15 @@ def load_faceoff(directory: Path) -> FaceOff:
         raise RunError(f"'{directory}' holds no faceoff.json: it is not a face-off directory")
     config = _read_object(path)
     planned = _planned(config, path)
-    rows = {key: Row(*key, tuple(_read_run(directory, *key, seed) for seed in seeds)) for key, seeds in planned.items()}
+    lrs = _rates(config, path)
     groups: dict[str, tuple[Row, ...]] = {}
-    for (group, _), row in rows.items():
+    for (group, name), seeds in planned.items():
+        row = _read_row(directory, group, name, seeds, lrs)
         groups[group] = (*groups.get(group, ()), row)
     ordered = {group: groups[group] for group in METRICS if group in groups}
     name = str(config.get("name") or directory.name)
     face = FaceOff(directory, name, str(config.get("title") or name), ordered)
-    if not any(run.status == "finished" for run in face.runs):
+    if not any(row.finished for rows in ordered.values() for row in rows):
         raise RunError(f"no run of '{path}' has finished: no results.json below '{directory}'")
     return face
 
@@ -250,7 +320,7 @@ def result_rows(directory: Path) -> list[dict[str, Any]]:
     """The published form of the results, one dict per backbone and group.
 
     Keys: recipe, row, group, metrics {name: mean}, spread {name: sample std; empty for one seed}, n_seeds, params,
-    state_bytes, commit, device, wall_s (mean over seeds).
+    state_bytes, commit, device, wall_s (mean over seeds), lr (the chosen learning rate; null where none were tried).
     """
     return rows_of(load_faceoff(directory))
 
@@ -274,6 +344,7 @@ def rows_of(face: FaceOff) -> list[dict[str, Any]]:
                 "commit": ", ".join(row.texts("commit")),
                 "device": ", ".join(row.texts("device")),
                 "wall_s": row.field("wall_s"),
+                "lr": row.lr,
             }
         )
     return rows
@@ -307,11 +378,28 @@ def _seed(value: Any, path: Path) -> int:
     return value
 
 
-def _read_run(directory: Path, group: str, row: str, seed: int) -> Run:
-    folder = directory / group / row / f"seed{seed}"
+def _rates(config: dict[str, Any], path: Path) -> list[float]:
+    lrs = config.get("lrs") or []
+    if not isinstance(lrs, list) or not all(isinstance(lr, (int, float)) and lr > 0 for lr in lrs):
+        raise RunError(f"'{path}': 'lrs' is not a list of learning rates")
+    return [float(lr) for lr in lrs]
+
+
+def _read_row(directory: Path, group: str, name: str, seeds: Sequence[int], lrs: Sequence[float]) -> Row:
+    place = directory / group / name
+    if not lrs:
+        return Row(group, name, tuple(_read_run(place, group, name, seed) for seed in seeds))
+    runs = {lr: tuple(_read_run(place / rate_name(lr), group, name, seed) for seed in seeds) for lr in lrs}
+    return Row.chosen(group, name, tuple(Trial.of(lr, found) for lr, found in runs.items()))
+
+
+def _read_run(place: Path, group: str, row: str, seed: int) -> Run:
+    folder = place / f"seed{seed}"
     path = folder / "results.json"
     log = _read_log(folder / "metrics.jsonl")
     status: Status = "finished" if path.is_file() else "unfinished" if log else "not started"
+    if status == "unfinished" and any(folder.glob("bad_batch-*.safetensors")):
+        status = "diverged"
     results = _read_results(path, group, row, seed) if status == "finished" else {}
     environment = folder / "environment.json"
     found = _read_object(environment) if environment.is_file() else {}

@@ -27,6 +27,7 @@ def publish(directory: Path, root: Path) -> list[Path]:
     """
     face = load_faceoff(directory)
     missing = [f"{run.row} seed {run.seed}" for run in face.runs if run.status != "finished"]
+    missing += [f"{row.name} at another learning rate" for row in face.provisional if row.score]
     if missing:
         raise RunError(f"{directory} is not finished ({', '.join(missing)}); run its face-off again before publishing")
     write_report(directory)

@@ -19,6 +19,10 @@ from recollect.core.files import locked, write_atomically
 from recollect.train.run import RunConfig
 
 
+class OtherRunError(RunError):
+    """The directory is whole and belongs to another config: nothing may be written into it."""
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON. Raises RunError naming the file when it is missing or damaged."""
     try:
@@ -34,6 +38,16 @@ class RunDirectory:
     """Paths of one run and the rules for writing below them."""
 
     path: Path
+
+    @property
+    def log(self) -> Path:
+        """What a run of a face-off printed, and the traceback of what ended it."""
+        return self.path / "log.txt"
+
+    @property
+    def begun(self) -> Path:
+        """Which process of a cluster took the run up last."""
+        return self.path / ".begun"
 
     @property
     def config(self) -> Path:
@@ -68,17 +82,20 @@ class RunDirectory:
     def claim(self, run: RunConfig) -> None:
         """Make the directory this run's own, or check that it is.
 
-        Raises RunError naming the keys that differ when it belongs to another config.
+        Raises OtherRunError naming the keys that differ when it belongs to another config, RunError when it is damaged.
         """
         if not self.config.exists():
             if self.path.exists() and any(self.path.glob("checkpoints/*.json")):
                 raise RunError(f"{self.path} holds checkpoints but no config.json; choose another --out or delete it")
             write_atomically(self.config, dumps(run).encode())
             return
-        changed = differences(read_json(self.config), json.loads(json.dumps(to_dict(run))))
+        held = read_json(self.config)
+        if not isinstance(held, dict):
+            raise RunError(f"{self.config} is not a JSON object; delete {self.path} and run the same command again")
+        changed = differences(held, json.loads(json.dumps(to_dict(run))))
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise RunError(
+            raise OtherRunError(
                 f"{self.path} holds a run of another config ({'; '.join(changed[:3])}{more}); "
                 f"choose another --out or delete that directory"
             )
@@ -88,6 +105,8 @@ class RunDirectory:
         if not self.results.exists():
             return None
         results = read_json(self.results)
+        if not isinstance(results, dict):
+            raise RunError(f"{self.results} is not a JSON object; delete it and run the same command again")
         return results if results.get("fingerprint") == fingerprint(run) else None
 
     @contextmanager

@@ -98,12 +98,18 @@ class RunConfig(Config, kind="run"):
 
 @dataclass(frozen=True)
 class FaceOff(Config, kind="faceoff"):
-    """Rows to compare, each trained once per seed. A recipe is a function that returns one."""
+    """Rows to compare, each trained once per seed and learning rate. A recipe is a function that returns one.
+
+    With several rates, a row is reported at the rate with the best mean validation score over its seeds, as in
+    arXiv 2507.00449; its runs must therefore be evaluated while they train.
+    """
 
     name: str
     title: str
     runs: tuple[RunConfig, ...]
     seeds: tuple[int, ...] = (0,)
+    lrs: tuple[float, ...] = ()
+    """Learning rates to try on every row; empty: each row at its own ``train.lr``."""
 
     def __post_init__(self) -> None:
         rows = [(run.group, run.row) for run in self.runs]
@@ -112,16 +118,43 @@ class FaceOff(Config, kind="faceoff"):
                 raise ConfigError(f"face-off '{self.name}': row '{row}' of group '{group}' is listed more than once")
         if not self.runs or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"face-off '{self.name}' needs at least one run and distinct seeds, got {self.seeds}")
+        if not all(0 < lr < float("inf") for lr in self.lrs) or len(set(map(rate_name, self.lrs))) < len(self.lrs):
+            raise ConfigError(
+                f"face-off '{self.name}' needs positive learning rates that differ in six digits, got {self.lrs}"
+            )
+        unscored = [run.row for run in self.runs if not run.train.eval_every]
+        if len(self.lrs) > 1 and unscored:
+            raise ConfigError(
+                f"face-off '{self.name}' chooses among {len(self.lrs)} learning rates by validation, but row "
+                f"'{unscored[0]}' has train.eval_every=0 and is never validated; set train.eval_every"
+            )
 
     def expanded(self) -> tuple[RunConfig, ...]:
-        """One config per row and seed; all rows of the first seed come first."""
-        return tuple(replace(run, seed=seed) for seed in self.seeds for run in self.runs)
+        """One config per row, rate and seed: every rate of every row on the first seed, then on the next."""
+        if not self.lrs:
+            return tuple(replace(run, seed=seed) for seed in self.seeds for run in self.runs)
+        return tuple(
+            replace(run, seed=seed, train=replace(run.train, lr=lr))
+            for seed in self.seeds
+            for lr in self.lrs
+            for run in self.runs
+        )
 
-    def overridden(self, assignments: Iterable[str], seeds: tuple[int, ...] = ()) -> FaceOff:
-        """``key=value`` strings applied to every run, and other seeds where any are given."""
+    def place(self, run: RunConfig) -> str:
+        """Where one of ``expanded`` lies: ``group/row/seed0``, with rates ``group/row/lr0.003/seed0``."""
+        return f"{run.group}/{run.row}/{rate_name(run.train.lr)}/seed{run.seed}" if self.lrs else run.name
+
+    def overridden(
+        self, assignments: Iterable[str], seeds: tuple[int, ...] = (), lrs: tuple[float, ...] = ()
+    ) -> FaceOff:
+        """``key=value`` strings applied to every run, and other seeds and rates where any are given."""
         assignments = list(assignments)
+        rates = lrs or self.lrs
+        if rates and any(assignment.startswith("train.lr=") for assignment in assignments):
+            tried = ", ".join(f"{lr:g}" for lr in rates)
+            raise ConfigError(f"train.lr is one of the rates to try, {tried}: give --lrs instead of train.lr=")
         runs = tuple(override(run, assignments) for run in self.runs)
-        return replace(self, runs=runs, seeds=seeds or self.seeds)
+        return replace(self, runs=runs, seeds=seeds or self.seeds, lrs=rates)
 
     def pick(self, row: str, group: str | None = None) -> RunConfig:
         """The run of one row; ``group`` is needed only where two groups have a row of that name.
@@ -137,6 +170,11 @@ class FaceOff(Config, kind="faceoff"):
             groups = " or ".join(f"--group {run.group}" for run in found)
             raise ConfigError(f"recipe '{self.name}' has row '{row}' more than once: add {groups}")
         return found[0]
+
+
+def rate_name(lr: float) -> str:
+    """A learning rate as a folder is called: ``lr0.003``."""
+    return f"lr{lr:g}"
 
 
 def default_directory(run: RunConfig) -> Path:
