@@ -148,6 +148,18 @@ class JointRecall(Task):
                 words.append(str(token - FIRST_VALUE + 1))
         return " ".join(words) if answers is None else f"{' '.join(words)} -> {' '.join(told)}"
 
+    def told_at(self, batch: TokenBatch) -> Ints | None:
+        """The position right after the cell's key in the first part."""
+        from recollect.tasks.oracles import read_pairs
+
+        told, _, asked = read_pairs(batch, self)
+        shape = (len(batch.tokens), self.max_contexts, self.max_keys)
+        place_BCK = np.zeros(shape, dtype=np.int64)
+        place_BCK[told.row, told.context, told.key] = told.column + 1
+        found = np.full(batch.tokens.shape, -1, dtype=np.int64)
+        found[asked.row, asked.column] = place_BCK[asked.row, asked.context, asked.key]
+        return found
+
     @property
     def oracles(self) -> Mapping[str, Oracle]:
         from recollect.tasks.oracles import ORACLES

@@ -29,21 +29,21 @@ class Pairs(NamedTuple):
 
 def uniform(batch: TokenBatch, task: JointRecall) -> Ints:
     """A value drawn anew for every query (always the same draws for a batch of the same shape)."""
-    _, _, asked = _read(batch, task)
+    _, _, asked = read_pairs(batch, task)
     rng = Streams(0).numpy("eval", "uniform-oracle")
     return _answer(batch, asked, rng.integers(task.config.n_values, size=len(asked.row)))
 
 
 def frequent(batch: TokenBatch, task: JointRecall) -> Ints:
     """The most frequent value of the whole table."""
-    told, value, asked = _read(batch, task)
+    told, value, asked = read_pairs(batch, task)
     guess_B = _mode(batch, task, told.row, np.zeros_like(told.row), value)[:, 0]
     return _answer(batch, asked, guess_B[asked.row])
 
 
 def last(batch: TokenBatch, task: JointRecall) -> Ints:
     """The value the key was given last, in whatever context."""
-    told, value, asked = _read(batch, task)
+    told, value, asked = read_pairs(batch, task)
     table_BK = np.zeros((len(batch.tokens), task.max_keys), dtype=np.int64)
     table_BK[told.row, told.key] = value  # pairs are in reading order, and the last one assigned stays
     return _answer(batch, asked, table_BK[asked.row, asked.key])
@@ -51,19 +51,19 @@ def last(batch: TokenBatch, task: JointRecall) -> Ints:
 
 def key_majority(batch: TokenBatch, task: JointRecall) -> Ints:
     """The most frequent value of the key over all contexts: a solver blind to contexts."""
-    told, value, asked = _read(batch, task)
+    told, value, asked = read_pairs(batch, task)
     return _answer(batch, asked, _mode(batch, task, told.row, told.key, value)[asked.row, asked.key])
 
 
 def context_majority(batch: TokenBatch, task: JointRecall) -> Ints:
     """The most frequent value in the context's block: a solver blind to keys."""
-    told, value, asked = _read(batch, task)
+    told, value, asked = read_pairs(batch, task)
     return _answer(batch, asked, _mode(batch, task, told.row, told.context, value)[asked.row, asked.context])
 
 
 def perfect(batch: TokenBatch, task: JointRecall) -> Ints:
     """The cell that is asked for."""
-    told, value, asked = _read(batch, task)
+    told, value, asked = read_pairs(batch, task)
     table_BCK = np.zeros((len(batch.tokens), task.max_contexts, task.max_keys), dtype=np.int64)
     table_BCK[told.row, told.context, told.key] = value
     return _answer(batch, asked, table_BCK[asked.row, asked.context, asked.key])
@@ -79,7 +79,7 @@ ORACLES: dict[str, Callable[[TokenBatch, JointRecall], Ints]] = {
 }
 
 
-def _read(batch: TokenBatch, task: JointRecall) -> tuple[Pairs, Ints, Pairs]:
+def read_pairs(batch: TokenBatch, task: JointRecall) -> tuple[Pairs, Ints, Pairs]:
     """The pairs of the first part, their values (M,), and the queries of the second."""
     tokens = batch.tokens
     is_context = tokens >= task.first_context
