@@ -124,7 +124,7 @@ def _captured(model: LanguageModel) -> Generator[list[tuple[str, AttentionInputs
 def _shares(
     batch: TokenBatch, task: Task, patterns: list[str], admitted: Tensor, weights: Tensor
 ) -> dict[str, dict[str, float]]:
-    """For each pattern and "any": how many asked positions (and heads) may read what they need, and with what weight."""
+    """For each pattern and "any": the share of asked positions (and heads) that may read the needed key; its weight."""
     told = task.told_at(batch)
     if told is None:
         return {}

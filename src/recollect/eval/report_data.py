@@ -162,6 +162,8 @@ class FaceOff:
     name: str
     title: str
     groups: dict[str, tuple[Row, ...]]
+    tasks: tuple[str, ...] = ()
+    """The kinds of task that its recall runs are trained on."""
 
     @cached_property
     def row_names(self) -> list[str]:
@@ -186,17 +188,26 @@ class FaceOff:
         """Accuracy of the guessers that the recall evaluations name, highest first; without the perfect solver."""
         found: dict[str, list[float]] = {}
         for row in self.groups.get("recall", ()):
+            blind = next(iter(row.detail("blind")), "key-majority")
+            names = {**ORACLE_NAMES, "key-majority": "key-majority", blind: "context-blind"}
             for oracles in row.detail("oracles"):
                 for name, value in oracles.items():
                     if name != "perfect":
-                        found.setdefault(ORACLE_NAMES.get(name, str(name)), []).append(float(value))
+                        found.setdefault(names.get(name, str(name)), []).append(float(value))
         means = {name: sum(values) / len(values) for name, values in found.items()}
         return dict(sorted(means.items(), key=lambda item: -item[1]))
 
+    @cached_property
+    def guesser(self) -> tuple[str, float] | None:
+        """The guesser that a recall row must beat: the context-blind one, or the best where a task has none."""
+        found = self.oracles()
+        name = "context-blind" if "context-blind" in found else next(iter(found), None)
+        return None if name is None else (name, found[name])
+
     def line(self, group: str) -> float | None:
-        """What a row must beat: the context-blind oracle for recall, chance for worlds."""
+        """What a row must beat: the guesser's score for recall, chance for worlds."""
         if group == "recall":
-            return self.oracles().get("context-blind")
+            return None if self.guesser is None else self.guesser[1]
         chances = [float(c) for row in self.groups.get(group, ()) for c in row.detail("chance")]
         return chances[0] if chances else 0.5
 
@@ -240,7 +251,7 @@ def load_faceoff(directory: Path) -> FaceOff:
         groups[group] = (*groups.get(group, ()), row)
     ordered = {group: groups[group] for group in METRICS if group in groups}
     name = str(config.get("name") or directory.name)
-    face = FaceOff(directory, name, str(config.get("title") or name), ordered)
+    face = FaceOff(directory, name, str(config.get("title") or name), ordered, _tasks(config))
     if not any(run.status == "finished" for run in face.runs):
         raise RunError(f"no run of '{path}' has finished: no results.json below '{directory}'")
     return face
@@ -299,6 +310,11 @@ def _planned(config: dict[str, Any], path: Path) -> dict[tuple[str, str], list[i
     shared = [_seed(seed, path) for seed in config.get("seeds") or ()]
     times = Counter({key: len(seeds) for key, seeds in own.items()})
     return {key: shared if shared and times[key] == 1 else list(dict.fromkeys(own[key])) for key in own}
+
+
+def _tasks(config: dict[str, Any]) -> tuple[str, ...]:
+    problems = [run.get("problem") or {} for run in config["runs"] if run["group"] == "recall"]
+    return tuple(dict.fromkeys(str(p["task"]["kind"]) for p in problems if "kind" in (p.get("task") or {})))
 
 
 def _seed(value: Any, path: Path) -> int:
