@@ -53,7 +53,7 @@ def _write_run(
 ) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng([i, seed])
-    mixer = row.split("+")[0].removesuffix("-2x")
+    mixer = row.split("+", maxsplit=1)[0].removesuffix("-2x")
     added = row.removeprefix(mixer)
     skill = SKILL[added] * {"mamba": 0.8, "samba": 0.5, "gated_deltanet": 1.05}.get(mixer, 1.0) + rng.normal(0, 0.02)
     sizes = [()]

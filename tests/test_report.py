@@ -60,6 +60,7 @@ def write_run(
             "axes": ["contexts", "keys"],
             "sizes": [[c, k] for c in (2, 3, 4) for k in (2, 3)],
             "accuracy": [1.0, score, score, score / 2, score, 0.1],
+            "all_correct": [1.0, score, score, 0.0, score, 0.0],
         }
         oracles = {"uniform": 0.0625, "key-majority": 0.237, "perfect": 1.0}
         results["metrics"] = {"accuracy": score, "all_correct": score**4, "binding_gap": score - 0.237, "spare": None}
@@ -170,9 +171,9 @@ def test_page_is_whole_and_needs_no_network(shared: Path) -> None:
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in page.sources)
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", text))
     assert "#fe01" not in text  # every stand-in colour has become a CSS variable
-    # bars, scatter, 4 maps, 4 curves; reward bars, horizon, 4 curves
-    assert page.tags.count("svg") == 16
-    assert text.count('role="img"') == 16
+    # bars, 2 scatters, gap, 4 maps, difference, whole tables, 4 curves; reward bars, horizon, 4 curves
+    assert page.tags.count("svg") == 20
+    assert text.count('role="img"') == 20
     assert page.tags.count("img") == 2 * 4
     assert len(page.ids) == len(set(page.ids))
 

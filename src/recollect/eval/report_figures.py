@@ -22,6 +22,9 @@ from recollect.eval.report_rows import OTHERS, Panel, look
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+End = tuple[float, float, str, str]
+"""The last point of a curve, its name and its colour."""
+
 WIDTH = 400.0
 """Width of a figure in SVG units; text is 11 of them, so it stays legible on a 360-pixel screen."""
 
@@ -108,6 +111,8 @@ def svg(draw: Callable[[Axes, Palette], None], alt: str, *, height: float = 250.
     with matplotlib.rc_context({**settings(SCREEN), "svg.hashsalt": alt}):
         figure = matplotlib.figure.Figure(figsize=(width / 72, height / 72), layout="constrained")
         draw(figure.subplots(), SCREEN)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # saving would work the layout out twice more
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -150,7 +155,8 @@ def draw_accuracy_bars(
         name, value = face.guesser
         _reference(ax, palette, value, f"{name} {100 * value:.0f}", ha="left" if value < 0.6 else "right")
         uniform = face.oracles().get("uniform", value)
-        if value - uniform > 0.14:
+        alone = ax.get_figure() is not None and len(ax.get_figure(root=True).axes) == 1  # else there is no room
+        if alone and value - uniform > 0.14:
             _reference(ax, palette, uniform, f"uniform {100 * uniform:.0f}")
     _percent_axis(ax, "accuracy, %")
 
@@ -188,7 +194,7 @@ def draw_curves(
 ) -> None:
     """Learning curves: a bold mean over finished seeds, each seed thin; a run that has not finished is dotted."""
     drawn: list[float] = []
-    ends: list[tuple[float, float, str]] = []
+    ends: list[End] = []
     rows = panel.rows
     for row in rows:
         colour, line_style = palette.row(face, row.name), look(face, row.name).line if panel.title == OTHERS else "-"
@@ -208,7 +214,7 @@ def draw_curves(
         if len(row.finished) > 1:
             ax.plot(x, _shown(y, evaluation), linestyle=line_style, color=colour)
         if x.size:
-            ends.append((float(x[-1]), float(_shown(y, evaluation)[-1]), panel.called(row)))
+            ends.append((float(x[-1]), float(_shown(y, evaluation)[-1]), panel.called(row), colour))
     if evaluation:
         ax.set_ylim(0, 105)
         line = face.line(rows[0].group)
@@ -228,7 +234,7 @@ def draw_curves(
 
 def draw_horizon(ax: Axes, palette: Palette, face: FaceOff) -> None:
     """Squared error of imagined frames against the number of frames imagined so far."""
-    ends: list[tuple[float, float, str]] = []
+    ends: list[End] = []
     for row in face.ranked("world"):
         curves = [np.asarray(curve, dtype=np.float64) for curve in row.detail("generation_mse_curve")]
         x, y = mean_of_curves(
@@ -236,32 +242,38 @@ def draw_horizon(ax: Axes, palette: Palette, face: FaceOff) -> None:
         )
         ax.plot(x, y, color=palette.row(face, row.name))
         if x.size:
-            ends.append((float(x[-1]), float(y[-1]), row.name))
+            ends.append((float(x[-1]), float(y[-1]), row.name, palette.row(face, row.name)))
     ax.set(xlabel="frames imagined", ylabel="squared error per frame")
     ax.set_ylim(bottom=0)
     ax.set_xlim(left=0)
     name_ends(ax, ends)
 
 
-def name_ends(ax: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
-    """The backbone's name at the end of its curve; names that would meet are pushed apart."""
+def name_ends(ax: Axes, ends: Sequence[End]) -> None:
+    """Names in one column right of the curves, each led to its end; names that would meet are pushed apart."""
+    from matplotlib.transforms import offset_copy
+
     bottom, top = ax.get_ylim()
     figure = ax.get_figure()
     assert figure is not None
     tall = 72 * figure.get_figure(root=True).get_figheight() - 65.0  # what is left for the axes, in points
     apart = 10.5 / tall * (top - bottom)
-    heights = sorted((y, x, name) for x, y, name in ends)
+    heights = sorted((y, x, name, colour) for x, y, name, colour in ends)
+    right, offset = max((x for x, *_ in ends), default=0.0), 6.0 if len(ends) < 6 else 16.0
     placed: list[float] = []
-    for y, _, _ in heights:
+    for y, *_ in heights:
         placed.append(max(y, placed[-1] + apart) if placed else y)
     excess = max(placed[-1] - top, 0.0) if placed else 0.0
     for i in reversed(range(len(placed))):
         limit = placed[i + 1] - apart if i + 1 < len(placed) else placed[i] - excess
         placed[i] = min(placed[i], limit)
-    for (y, x, name), height in zip(heights, placed, strict=True):
-        ax.annotate(
-            name, (x, y), (6, (height - y) / (top - bottom) * tall), textcoords="offset points", va="center", fontsize=9
-        )
+    for (y, x, name, colour), height in zip(heights, placed, strict=True):
+        place = (offset, (height - y) / (top - bottom) * tall)
+        ax.annotate(name, (right, y), place, textcoords="offset points", va="center", fontsize=9)
+        if abs(place[1]) > 3 or x < right:
+            lead = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+            beside = offset_copy(ax.transData, figure.get_figure(root=True), offset - 2, place[1], units="points")
+            ax.annotate("", (x, y), (right, y), textcoords=beside, arrowprops=lead)
 
 
 def _shown(y: Any, evaluation: bool) -> Any:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recollect.eval.report_data import FaceOff, Floats, Row, mean_of_curves, mean_table
-from recollect.eval.report_figures import Palette, name_ends
+from recollect.eval.report_figures import End, Palette, name_ends
 from recollect.eval.report_rows import OTHERS, PLAIN, Panel, added_to, look, mixer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+MAX_POINTS = 16
+BINS_PER_OCTAVE = 3
+"""Sizes that ask for different numbers of answers, beyond which neighbouring ones are averaged."""
 
 MAX_NUMBERED = 16
 """Columns up to which a map writes its numbers."""
@@ -57,6 +61,8 @@ def whole_by_size(row: Row) -> tuple[Floats, Floats]:
     for cells in (c for c in row.detail("cells") if "all_correct" in c):
         asked = np.array([math.prod(size) for size in cells["sizes"]], dtype=np.float64)
         whole = np.array(cells["all_correct"], dtype=np.float64)
+        if np.unique(asked).size > MAX_POINTS:
+            asked = 2 ** (np.round(BINS_PER_OCTAVE * np.log2(asked)) / BINS_PER_OCTAVE)
         x = np.unique(asked)
         curves.append((x, np.array([whole[asked == n].mean() for n in x])))
     return mean_of_curves(curves)
@@ -64,14 +70,14 @@ def whole_by_size(row: Row) -> tuple[Floats, Floats]:
 
 def draw_whole_by_size(ax: Axes, palette: Palette, face: FaceOff, panel: Panel) -> None:
     """Share of samples answered without a mistake against the number of answers they ask for."""
-    ends: list[tuple[float, float, str]] = []
+    ends: list[End] = []
     for row in panel.rows:
         x, y = whole_by_size(row)
         if x.size:
             drawn = look(face, row.name)
             style = drawn.line if panel.title == OTHERS else "-"
             ax.plot(x, 100 * y, linestyle=style, color=palette.row(face, row.name))
-            ends.append((float(x[-1]), float(100 * y[-1]), panel.called(row)))
+            ends.append((float(x[-1]), float(100 * y[-1]), panel.called(row), palette.row(face, row.name)))
     ax.set_xscale("log", base=2)
     low, high = ax.get_xlim()
     ticks = [2**e for e in range(12) if low <= 2**e <= high]

@@ -96,15 +96,17 @@ def legend(face: FaceOff, group: str) -> list[tuple[str, int | None]]:
     names = [row.name for row in face.groups[group]]
     if not crowded(face):
         return [(name, look(face, name).colour) for name in names]
-    colours = {_colours(face)[added_to(name)]: added_to(name) for name in reversed(names)}
-    added = [(f"+ {text}" if text != PLAIN else "mixer alone", i) for i, text in reversed(colours.items())]
+    present = {added_to(name) for name in names}
+    words = {PLAIN: "mixer alone", "2x": "twice as wide"}
+    found = [(text, i) for text, i in _colours(face).items() if text in present]
+    added = [(words.get(text, f"+ {text}"), i) for text, i in found]
     shapes = {mixer_of(name): GLYPHS[look(face, name).marker] for name in names}
     return [*added, *((f"{glyph} {mixer}", None) for mixer, glyph in shapes.items())]
 
 
 def _colours(face: FaceOff) -> dict[str, int]:
     found = list(dict.fromkeys(added_to(name) for name in face.row_names))
-    known = {text: ADDITIONS[text] for text in found if text in ADDITIONS}
+    known = {text: colour for text, colour in ADDITIONS.items() if text in found}
     free = [i for i in range(N_COLOURS) if i not in known.values()] or list(range(N_COLOURS))
     new = [text for text in found if text not in known]
     return known | {text: free[i % len(free)] for i, text in enumerate(new)}

@@ -105,7 +105,7 @@ def places(
     taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in centres]
     chosen: list[Place] = []
     for (x, y), name in zip(centres, names, strict=True):
-        wide, tall = 0.62 * size * len(name), 1.15 * size
+        wide, tall = 0.64 * size * len(name) + 4, 1.25 * size
         found = [(box_of(x, y, place, wide, tall), place) for place in _candidates()]
         inside = [pair for pair in found if _inside(pair[0], room)] or found
         box, place = min(inside, key=lambda pair: sum(_shared(pair[0], other) for other in taken))

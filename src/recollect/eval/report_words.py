@@ -165,8 +165,8 @@ def _attended_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
         )
         caption = (
             "For each asked position, the place where its value was told. Pale: how often a query may read it; solid: "
-            "the attention weight it gets; both in the layer that gives it most. Largest size, first seed. Deeper layers "
-            "may find the value elsewhere, where the mixer has carried it, so a low bar is a hint and no proof."
+            "the attention weight it gets; both in the layer that gives it most. Largest size, first seed. Deeper "
+            "layers may find the value elsewhere, where the mixer has carried it, so a low bar is a hint and no proof."
         )
         plates.append(Plate(NEEDED, caption, figures))
     pictures = tuple(_picture(seen) for row in reading if (seen := load_attended(row)) is not None)
@@ -183,11 +183,11 @@ def _attended_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
 def _picture(seen: AttendedLayer) -> Figure:
     patterns = " + ".join(seen.patterns)
     title = f"{seen.row}, attention {seen.number + 1} ({patterns})"
-    width = max(400.0, 70.0 + 11.0 * len(seen.told))
+    width = max(400.0, WIDE if len(seen.told) > 30 else 0.0)
     colour = pattern_colour(seen.patterns[0]) if len(seen.patterns) == 1 else None
     alt = f"What {title} attends to"
     return figure(
-        title, partial(draw_attended, seen=seen), alt, 60.0 + 11.0 * len(seen.queries), width=width, colour=colour
+        title, partial(draw_attended, seen=seen), alt, 60.0 + 12.0 * len(seen.queries), width=width, colour=colour
     )
 
 
