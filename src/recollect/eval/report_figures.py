@@ -139,7 +139,13 @@ def bar_height(n_bars: int) -> float:
 
 
 def draw_accuracy_bars(
-    ax: Axes, palette: Palette, face: FaceOff, panel: Panel, published: Mapping[str, float] | None = None
+    ax: Axes,
+    palette: Palette,
+    face: FaceOff,
+    panel: Panel,
+    published: Mapping[str, float] | None = None,
+    *,
+    all_guessers: bool = True,
 ) -> None:
     """Recall accuracy of a panel's rows, best on top, with lines for guessers and a diamond where one is published."""
     rows = panel.rows
@@ -155,8 +161,7 @@ def draw_accuracy_bars(
         name, value = face.guesser
         _reference(ax, palette, value, f"{name} {100 * value:.0f}", ha="left" if value < 0.6 else "right")
         uniform = face.oracles().get("uniform", value)
-        alone = ax.get_figure() is not None and len(ax.get_figure(root=True).axes) == 1  # else there is no room
-        if alone and value - uniform > 0.14:
+        if all_guessers and value - uniform > 0.14:
             _reference(ax, palette, uniform, f"uniform {100 * uniform:.0f}")
     _percent_axis(ax, "accuracy, %")
 

@@ -44,10 +44,14 @@ def curve_plates(face: FaceOff, group: str, name: str) -> list[Plate]:
     """Loss and evaluation curves against steps and, where all rows share one set of axes, against seconds too."""
     rows = face.groups[group]
     shown = panels(face, rows)
-    wanted: list[tuple[str, str, bool, Axis]] = [("Accuracy by steps", name, True, "step")]
-    wanted.append(("Accuracy by time", name, True, "seconds"))
-    wanted.append(("Loss by steps", "loss", False, "step"))
-    wanted += [("Loss by time", "loss", False, "seconds")] if len(shown) == 1 else []
+    wanted: list[tuple[str, str, bool, Axis]] = [
+        ("Loss by steps", "loss", False, "step"),
+        ("Loss by time", "loss", False, "seconds"),
+        ("Accuracy by steps", name, True, "step"),
+        ("Accuracy by time", name, True, "seconds"),
+    ]
+    if len(shown) > 1:
+        wanted = [wanted[2], wanted[3], wanted[0]]
     figures: list[Figure] = []
     for title, metric, evaluation, axis in wanted:
         for panel in shown:

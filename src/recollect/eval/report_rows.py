@@ -14,7 +14,7 @@ from recollect.eval.report_data import FaceOff, Row
 
 N_COLOURS = 10
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖★", strict=True))  # the same shapes as text
+GLYPHS: dict[str, str] = dict(zip(MARKERS, "●■▲◆▼✚✖★", strict=True))  # the same shapes as text
 LINES = ("-", (0, (6, 2)), (0, (4, 1.5, 1, 1.5)), (0, (2.5, 1.5)))
 OTHERS = "other mixers"
 PLAIN = "nothing"

@@ -72,10 +72,9 @@ def draw_price_scatter(ax: Axes, palette: Palette, face: FaceOff, price: str) ->
         ticks = ticks[:: max(1, -(-len(ticks) // 6))]
         names = [human_count(n) for n in ticks]
     ax.set_xticks(list(ticks), names)
-    figure = ax.get_figure()
+    figure = ax.get_figure(root=True)
     assert figure is not None
-    inches = figure.bbox.size / figure.dpi if hasattr(figure, "dpi") else np.array([5.5, 3.5])
-    room = (72 * float(inches[0]) - 70, 72 * float(inches[1]) - 60)
+    room = (72 * figure.get_figwidth() - 70, 72 * figure.get_figheight() - 60)
     size = 8.5 if crowded(face) else 10.0
     for row, point, place in zip(rows, points, places(ax, points, [r.name for r in rows], room, size), strict=True):
         arrow = {"arrowstyle": "-", "color": palette.muted, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}

@@ -118,6 +118,7 @@ def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
         heading.set_fontsize(32 / max(1.0, taken))
         bottom = 0.40 if strip else 0.10
         axes = [(group, panel) for group in groups for panel in _summary_panels(face, group)]
+        published = published_for(face.name)
         each, most = 0.99 / len(axes), max(len(panel.rows) for _, panel in axes) if len(axes) > len(groups) else 1
         for i, (group, panel) in enumerate(axes):
             left = 0.135 if len(axes) < 3 else 0.02 + NAME_ROOM
@@ -126,17 +127,16 @@ def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
             ax = figure.add_axes((left + each * i, 0.77 - tall, width, tall))
             ax.set_title(_summary_title(face, group, panel), loc="left", pad=32, fontsize=18)
             if group == "recall":
-                published = published_for(face.name)
-                draw_accuracy_bars(ax, PRINT, face, panel, published.accuracy if published else None)
+                paper = published.accuracy if published else None
+                draw_accuracy_bars(ax, PRINT, face, panel, paper, all_guessers=len(axes) == 1)
             else:
                 draw_reward_bars(ax, PRINT, face)
             for name in ax.get_yticklabels():  # a long name must not run off the page, or into the other bars
                 room = (NAME_ROOM - 0.005) * figure.bbox.width
                 name.set_fontsize(16.0 * min(1.0, room / name.get_window_extent().width))
-        paper = published_for(face.name)
-        if paper is not None:
-            note = f"Diamonds: {paper.source}" + ("" if face.name == paper.same_task else ", on larger tables")
-            figure.text(0.975, 0.03, note, fontsize=15, ha="right", color=PRINT.muted)
+        if published is not None:
+            note = f"Diamonds: {published.source}" + ("" if face.name == published.same_task else ", on larger tables")
+            figure.text(0.975, 0.855, note, fontsize=15, ha="right", color=PRINT.muted)
         if strip:
             _draw_film(figure, strip)
         buffer = io.BytesIO()
