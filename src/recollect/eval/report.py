@@ -8,7 +8,8 @@
 - ``summary.png``: one 1600 x 900 picture.
 
 Every sentence is computed from the numbers. Nothing is written before everything has been rendered, and each file is
-written beside its place and then renamed, so a reader never meets half a file. Cost: seconds.
+written beside its place and then renamed, so a reader never meets half a file. Cost: seconds;
+half a minute for two dozen rows.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def svg(draw: Callable[[Axes, Palette], None], alt: str, *, height: float = 250.
     with matplotlib.rc_context({**settings(SCREEN), "svg.hashsalt": alt}):
         figure = matplotlib.figure.Figure(figsize=(width / 72, height / 72), layout="constrained")
         draw(figure.subplots(), SCREEN)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # saving would work the layout out twice more
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")  # saving would draw everything twice to work the layout out again
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,6 +1,6 @@
 """How rows are told apart in figures: colour, marker and line, and panels where there are too many for one.
 
-Up to ten backbones each have a colour of their own. Beyond that a row's name is read as its mixer and what was added
+Where no group has more than ten backbones each has a colour of its own. Beyond that a row's name is read as its mixer and what was added
 to it (``mamba2+window``, ``mamba-2x``): colour says what was added, marker and line say which mixer, and figures of
 bars and curves become one panel per mixer.
 """
@@ -61,15 +61,15 @@ def added_to(name: str) -> str:
 
 
 def crowded(face: FaceOff) -> bool:
-    """Whether there are more backbones than colours."""
-    return len(face.row_names) > N_COLOURS
+    """Whether a group has more backbones than there are colours."""
+    return max(map(len, face.groups.values())) > N_COLOURS
 
 
 def look(face: FaceOff, name: str) -> Look:
     """How one backbone is drawn, in every figure."""
     i = face.row_names.index(name)
     if not crowded(face):
-        return Look(i, MARKERS[i % len(MARKERS)], "-")
+        return Look(i % N_COLOURS, MARKERS[i % len(MARKERS)], "-")
     mixer = mixers(face).index(mixer_of(name))
     return Look(_colours(face)[added_to(name)], MARKERS[mixer % len(MARKERS)], LINES[mixer % len(LINES)])
 
