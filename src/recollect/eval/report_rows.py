@@ -1,8 +1,8 @@
 """How rows are told apart in figures: colour, marker and line, and panels where there are too many for one.
 
-Where no group has more than ten backbones each has a colour of its own. Beyond that a row's name is read as its mixer and what was added
-to it (``mamba2+window``, ``mamba-2x``): colour says what was added, marker and line say which mixer, and figures of
-bars and curves become one panel per mixer.
+Where no group has more than ten backbones each has a colour of its own. Beyond that a row's name is read as its mixer
+and what was added to it (``mamba2+window``, ``mamba-2x``): colour says what was added, marker and line say which mixer,
+and figures of bars and curves become one panel per mixer.
 """
 
 from __future__ import annotations
