@@ -16,7 +16,8 @@ from rich.console import Console
 from recollect.core.errors import RecollectError, RunError
 from recollect.eval import report_figures
 from recollect.eval.report import markdown_tables, result_rows, terminal_table, write_report
-from recollect.eval.report_data import binned, load_faceoff, mean_of_curves
+from recollect.eval.report_data import binned, mean_of_curves
+from recollect.eval.report_read import load_faceoff
 from recollect.eval.report_text import answer, human_bytes, human_seconds, sentences
 
 RECALL = {"mamba2+hax": (0.96, 0.98), "gru<b>": (0.22, 0.26), "mamba2": (0.60, 0.70), "s4": (0.40, 0.44)}
@@ -60,6 +61,7 @@ def write_run(
             "axes": ["contexts", "keys"],
             "sizes": [[c, k] for c in (2, 3, 4) for k in (2, 3)],
             "accuracy": [1.0, score, score, score / 2, score, 0.1],
+            "all_correct": [1.0, score, score, 0.0, score, 0.0],
         }
         oracles = {"uniform": 0.0625, "key-majority": 0.237, "perfect": 1.0}
         results["metrics"] = {"accuracy": score, "all_correct": score**4, "binding_gap": score - 0.237, "spare": None}
@@ -170,9 +172,9 @@ def test_page_is_whole_and_needs_no_network(shared: Path) -> None:
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in page.sources)
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", text))
     assert "#fe01" not in text  # every stand-in colour has become a CSS variable
-    # bars, scatter, 4 maps, 4 curves; reward bars, horizon, 4 curves
-    assert page.tags.count("svg") == 16
-    assert text.count('role="img"') == 16
+    # bars, 2 scatters, gap, 4 maps, difference, whole tables, 4 curves; reward bars, horizon, 4 curves
+    assert page.tags.count("svg") == 20
+    assert text.count('role="img"') == 20
     assert page.tags.count("img") == 2 * 4
     assert len(page.ids) == len(set(page.ids))
 

@@ -15,7 +15,8 @@ from recollect.eval.bench_attention import FULL
 from recollect.eval.bench_cases import Record, Row
 from recollect.eval.bench_layers import best_of_families
 from recollect.eval.bench_peers import BEST, PEERS
-from recollect.eval.report_figures import MARKERS, PRINT, ROW_COLOURS, require_matplotlib, settings
+from recollect.eval.report_figures import PRINT, ROW_COLOURS, require_matplotlib, settings
+from recollect.eval.report_rows import MARKERS
 from recollect.eval.report_text import human_bytes
 
 if TYPE_CHECKING:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from recollect.core.errors import RecollectError
-from recollect.eval.report_data import Axis, FaceOff, Row, binned, mean_of_curves, mean_table
-from recollect.eval.report_text import human_bytes
+from recollect.eval.report_data import Axis, FaceOff, Row, binned, mean_of_curves
+from recollect.eval.report_rows import OTHERS, Panel, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+End = tuple[float, float, str, str]
+"""The last point of a curve, its name and its colour."""
+
 WIDTH = 400.0
 """Width of a figure in SVG units; text is 11 of them, so it stays legible on a 360-pixel screen."""
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 ROW_COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#b8588e", "#c98500"),
@@ -48,7 +49,7 @@ class Palette:
 
     def row(self, face: FaceOff, name: str) -> str:
         """The colour of a backbone."""
-        return self.rows[face.row_names.index(name) % len(self.rows)]
+        return self.rows[look(face, name).colour]
 
 
 PRINT = Palette("#1d2329", "#5c6670", "#d9dde1", "#6aa5d8", ROW_COLOURS, "#ffffff")
@@ -110,6 +111,8 @@ def svg(draw: Callable[[Axes, Palette], None], alt: str, *, height: float = 250.
     with matplotlib.rc_context({**settings(SCREEN), "svg.hashsalt": alt}):
         figure = matplotlib.figure.Figure(figsize=(width / 72, height / 72), layout="constrained")
         draw(figure.subplots(), SCREEN)
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")  # saving would draw everything twice to work the layout out again
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -121,6 +124,8 @@ def svg(draw: Callable[[Axes, Palette], None], alt: str, *, height: float = 250.
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referenced else "", text)
     for role, colour in _STAND_INS.items():
         text = text.replace(colour, f"var(--{role})")
+    # Hundredths of a unit are finer than any screen.
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
     return re.sub(r"\n\s*", "\n", text)
 
 
@@ -133,16 +138,47 @@ def bar_height(n_bars: int) -> float:
     return 64.0 + 24.0 * max(n_bars, 2)
 
 
-def draw_accuracy_bars(ax: Axes, palette: Palette, face: FaceOff) -> None:
-    """Recall accuracy per backbone, best on top, with the context-blind oracle as a line."""
-    rows = face.ranked("recall")
+def draw_accuracy_bars(
+    ax: Axes,
+    palette: Palette,
+    face: FaceOff,
+    panel: Panel,
+    published: Mapping[str, float] | None = None,
+    *,
+    all_guessers: bool = True,
+) -> None:
+    """Recall accuracy of a panel's rows, best on top, with lines for guessers and a diamond where one is published."""
+    rows = panel.rows
     for y, row in enumerate(reversed(rows)):
-        _bar(ax, palette, face, row, "accuracy", y, 0.64)
-    _name_bars(ax, [row.name for row in reversed(rows)], palette)
-    line = face.line("recall")
-    if line is not None:
-        _reference(ax, palette, line, f"context-blind {100 * line:.0f}")
+        paper = (published or {}).get(row.name)
+        _bar(ax, palette, face, row, "accuracy", y, 0.64, beside=paper)
+        if paper is not None:
+            ax.plot(
+                [100 * paper], [y], "D", ms=6, mfc=palette.paper, mec=palette.ink, mew=1.2, zorder=4, gid="published"
+            )
+    name_bars(ax, [panel.called(row) for row in reversed(rows)], palette)
+    if face.guesser is not None:
+        name, value = face.guesser
+        _reference(ax, palette, value, f"{name} {100 * value:.0f}", ha="left" if value < 0.6 else "right")
+        uniform = face.oracles().get("uniform", value)
+        if all_guessers and value - uniform > 0.14:
+            _reference(ax, palette, uniform, f"uniform {100 * uniform:.0f}")
     _percent_axis(ax, "accuracy, %")
+
+
+def draw_gap_bars(ax: Axes, palette: Palette, face: FaceOff, panel: Panel) -> None:
+    """What each row scores beyond a guesser that knows everything but the context."""
+    rows = [row for row in panel.rows if row.metric("binding_gap")]
+    low = 0.0
+    for y, row in enumerate(reversed(rows)):
+        stat = row.metric("binding_gap")
+        assert stat is not None
+        _bar(ax, palette, face, row, "binding_gap", y, 0.64)
+        low = min(low, 100 * stat.low)
+    name_bars(ax, [panel.called(row) for row in reversed(rows)], palette)
+    ax.axvline(0, color=palette.ink, linewidth=1)
+    ax.set_xlim(low - (9 if low else 0), 108)
+    ax.set_xlabel("accuracy beyond the context-blind guesser, points")
 
 
 def draw_reward_bars(ax: Axes, palette: Palette, face: FaceOff) -> None:
@@ -151,95 +187,45 @@ def draw_reward_bars(ax: Axes, palette: Palette, face: FaceOff) -> None:
     for y, row in enumerate(reversed(rows)):
         _bar(ax, palette, face, row, "inference_accuracy", y + 0.2, 0.34, alpha=0.4)
         _bar(ax, palette, face, row, "imagination_accuracy", y - 0.2, 0.34)
-    _name_bars(ax, [row.name for row in reversed(rows)], palette)
+    name_bars(ax, [row.name for row in reversed(rows)], palette)
     chance = face.line("world")
     if chance is not None:
         _reference(ax, palette, chance, f"chance {100 * chance:.0f}")
     _percent_axis(ax, "reward predicted right, %")
 
 
-def draw_state_scatter(ax: Axes, palette: Palette, face: FaceOff) -> None:
-    """Recall accuracy against bytes of state per sequence, on a logarithmic axis."""
-    rows = [row for row in face.ranked("recall") if row.field("state_bytes")]
-    points: list[tuple[float, float]] = []
-    for row in rows:
-        score, size = row.score, row.field("state_bytes")
-        assert score is not None
-        assert size is not None
-        points.append((size, 100 * score.mean))
-        marker = MARKERS[face.row_names.index(row.name) % len(MARKERS)]
-        error = None if score.std is None else 100 * score.std
-        colour = palette.row(face, row.name)
-        ax.errorbar(size, 100 * score.mean, yerr=error, fmt=marker, color=colour, ms=7, elinewidth=1, zorder=3)
-    line = face.line("recall")
-    if line is not None:
-        ax.axhline(100 * line, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-    ax.set_xscale("log", base=2)
-    sizes = [x for x, _ in points]
-    ax.set_xlim(min(sizes, default=1) / 2, max(sizes, default=1) * 2)
-    ax.set_ylim(0, 108)
-    ax.set_xlabel("state per sequence")
-    ax.set_ylabel("accuracy, %")
-    ax.minorticks_off()
-    low, high = np.log2(ax.get_xlim())
-    exponents = np.arange(np.ceil(low), np.floor(high) + 1, max(1.0, np.ceil((high - low) / 5)))
-    ax.set_xticks(list(2.0**exponents), [human_bytes(size).replace(".0", "") for size in 2.0**exponents])
-    _label_points(ax, points, [row.name for row in rows])
-
-
-def draw_table_heat(ax: Axes, palette: Palette, row: Row) -> None:
-    """Accuracy of one backbone by table size: the fuller the colour, the higher, on the same scale everywhere."""
-    from matplotlib.patches import Rectangle
-
-    table = mean_table(row.detail("cells"))
-    assert table is not None, f"{row.name} reports no cells"
-    accuracy = table["accuracy"]
-    n_rows, n_columns = accuracy.shape
-    for i, j in np.ndindex(n_rows, n_columns):
-        if not np.isfinite(accuracy[i, j]):
-            continue
-        value = float(np.clip(accuracy[i, j], 0.0, 1.0))
-        cell = Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=palette.heat, alpha=value, linewidth=0)
-        ax.add_patch(cell)
-        if max(n_rows, n_columns) <= 8:
-            ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=11)
-    ax.set(xlim=(-0.5, n_columns - 0.5), ylim=(-0.5, n_rows - 0.5))
-    ax.set(xlabel=table["axes"][-1], ylabel=" x ".join(table["axes"][:-1]))
-    every = max(1, -(-max(n_rows, n_columns) // 8))
-    ax.set_xticks(range(0, n_columns, every), [str(n) for n in table["columns"][::every]])
-    ax.set_yticks(range(0, n_rows, every), table["rows"][::every])
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-
-
 def draw_curves(
-    ax: Axes, palette: Palette, face: FaceOff, rows: Sequence[Row], name: str, axis: Axis, *, evaluation: bool
+    ax: Axes, palette: Palette, face: FaceOff, panel: Panel, name: str, axis: Axis, *, evaluation: bool
 ) -> None:
     """Learning curves: a bold mean over finished seeds, each seed thin; a run that has not finished is dotted."""
     drawn: list[float] = []
-    ends: list[tuple[float, float, str]] = []
+    ends: list[End] = []
+    rows = panel.rows
     for row in rows:
-        colour = palette.row(face, row.name)
+        colour, line_style = palette.row(face, row.name), look(face, row.name).line if panel.title == OTHERS else "-"
         for run in row.runs:
             x, y = binned(*run.curve(name, axis, evaluation=evaluation))
             alone = len(row.finished) < 2 and run.status == "finished"
-            style = "-" if run.status == "finished" else ":"
             ax.plot(
-                x, _shown(y, evaluation), style, color=colour, alpha=1.0 if alone else 0.4, lw=1.8 if alone else 0.9
+                x,
+                _shown(y, evaluation),
+                linestyle=line_style if run.status == "finished" else ":",
+                color=colour,
+                alpha=1.0 if alone else 0.4,
+                lw=1.8 if alone else 0.9,
             )
             drawn += list(y)
         x, y = binned(*row.mean_curve(name, axis, evaluation=evaluation))
         if len(row.finished) > 1:
-            ax.plot(x, _shown(y, evaluation), "-", color=colour)
+            ax.plot(x, _shown(y, evaluation), linestyle=line_style, color=colour)
         if x.size:
-            ends.append((float(x[-1]), float(_shown(y, evaluation)[-1]), row.name))
+            ends.append((float(x[-1]), float(_shown(y, evaluation)[-1]), panel.called(row), colour))
     if evaluation:
         ax.set_ylim(0, 105)
         line = face.line(rows[0].group)
         if line is not None:
             ax.axhline(100 * line, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-        _name_ends(ax, ends)
+        name_ends(ax, ends)
     elif drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
         ax.set_yscale("log")
         ax.minorticks_off()
@@ -253,7 +239,7 @@ def draw_curves(
 
 def draw_horizon(ax: Axes, palette: Palette, face: FaceOff) -> None:
     """Squared error of imagined frames against the number of frames imagined so far."""
-    ends: list[tuple[float, float, str]] = []
+    ends: list[End] = []
     for row in face.ranked("world"):
         curves = [np.asarray(curve, dtype=np.float64) for curve in row.detail("generation_mse_curve")]
         x, y = mean_of_curves(
@@ -261,29 +247,38 @@ def draw_horizon(ax: Axes, palette: Palette, face: FaceOff) -> None:
         )
         ax.plot(x, y, color=palette.row(face, row.name))
         if x.size:
-            ends.append((float(x[-1]), float(y[-1]), row.name))
+            ends.append((float(x[-1]), float(y[-1]), row.name, palette.row(face, row.name)))
     ax.set(xlabel="frames imagined", ylabel="squared error per frame")
     ax.set_ylim(bottom=0)
     ax.set_xlim(left=0)
-    _name_ends(ax, ends)
+    name_ends(ax, ends)
 
 
-def _name_ends(ax: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
-    """The backbone's name at the end of its curve; names that would meet are pushed apart."""
+def name_ends(ax: Axes, ends: Sequence[End]) -> None:
+    """Names in one column right of the curves, each led to its end; names that would meet are pushed apart."""
+    from matplotlib.transforms import offset_copy
+
     bottom, top = ax.get_ylim()
-    apart = 0.07 * (top - bottom)
-    heights = sorted((y, x, name) for x, y, name in ends)
+    figure = ax.get_figure()
+    assert figure is not None
+    tall = 72 * figure.get_figure(root=True).get_figheight() - 65.0  # what is left for the axes, in points
+    apart = 10.5 / tall * (top - bottom)
+    heights = sorted((y, x, name, colour) for x, y, name, colour in ends)
+    right, offset = max((x for x, *_ in ends), default=0.0), 6.0 if len(ends) < 6 else 16.0
     placed: list[float] = []
-    for y, _, _ in heights:
+    for y, *_ in heights:
         placed.append(max(y, placed[-1] + apart) if placed else y)
     excess = max(placed[-1] - top, 0.0) if placed else 0.0
     for i in reversed(range(len(placed))):
         limit = placed[i + 1] - apart if i + 1 < len(placed) else placed[i] - excess
         placed[i] = min(placed[i], limit)
-    for (y, x, name), height in zip(heights, placed, strict=True):
-        ax.annotate(
-            name, (x, y), (6, (height - y) / (top - bottom) * 150), textcoords="offset points", va="center", fontsize=9
-        )
+    for (y, x, name, colour), height in zip(heights, placed, strict=True):
+        place = (offset, (height - y) / (top - bottom) * tall)
+        ax.annotate(name, (right, y), place, textcoords="offset points", va="center", fontsize=9)
+        if abs(place[1]) > 3 or x < right:
+            lead = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+            beside = offset_copy(ax.transData, figure.get_figure(root=True), offset - 2, place[1], units="points")
+            ax.annotate("", (x, y), (right, y), textcoords=beside, arrowprops=lead)
 
 
 def _shown(y: Any, evaluation: bool) -> Any:
@@ -291,8 +286,17 @@ def _shown(y: Any, evaluation: bool) -> Any:
 
 
 def _bar(
-    ax: Axes, palette: Palette, face: FaceOff, row: Row, metric: str, y: float, height: float, alpha: float = 1.0
+    ax: Axes,
+    palette: Palette,
+    face: FaceOff,
+    row: Row,
+    metric: str,
+    y: float,
+    height: float,
+    alpha: float = 1.0,
+    beside: float | None = None,
 ) -> None:
+    """A bar, its whisker and its number, which stays clear of a mark at ``beside``."""
     stat = row.metric(metric)
     if stat is None:
         return
@@ -300,10 +304,14 @@ def _bar(
     ax.barh(y, mean, height, color=palette.row(face, row.name), alpha=alpha, linewidth=0)
     if std:
         ax.plot([mean - std, mean + std], [y, y], color=palette.ink, linewidth=1)
-    ax.text(max(mean, mean + std) + 1.5, y, f"{mean:.0f}", va="center", fontsize=_small(ax))
+    end = mean + std if mean >= 0 else max(0.0, mean + std)
+    if beside is not None and end - 2 < 100 * beside < end + 9:
+        end = 100 * beside + 2
+    ax.text(end + 1.5, y, f"{mean:.0f}", va="center", fontsize=_small(ax))
 
 
-def _name_bars(ax: Axes, names: Sequence[str], palette: Palette) -> None:
+def name_bars(ax: Axes, names: Sequence[str], palette: Palette) -> None:
+    """Names on the axis of horizontal bars, lowest first."""
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0, labelcolor=palette.ink)
     ax.set_ylim(-0.6, len(names) - 0.4)
@@ -311,11 +319,13 @@ def _name_bars(ax: Axes, names: Sequence[str], palette: Palette) -> None:
     ax.spines["left"].set_visible(False)
 
 
-def _reference(ax: Axes, palette: Palette, value: float, text: str) -> None:
+def _reference(
+    ax: Axes, palette: Palette, value: float, text: str, ha: Literal["left", "center", "right"] = "center"
+) -> None:
     """A dashed line across horizontal bars, named above them."""
     ax.axvline(100 * value, color=palette.ink, linewidth=1, linestyle=(0, (4, 3)))
     top = ax.get_xaxis_transform()
-    ax.text(100 * value, 1.01, text, transform=top, ha="center", va="bottom", fontsize=_small(ax))
+    ax.text(100 * value, 1.01, text, transform=top, ha=ha, va="bottom", fontsize=_small(ax))
 
 
 def _small(ax: Axes) -> float:
@@ -326,30 +336,3 @@ def _percent_axis(ax: Axes, label: str) -> None:
     ax.set_xlim(0, 112)
     ax.set_xticks(range(0, 101, 25))
     ax.set_xlabel(label)
-
-
-def _label_points(ax: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Names beside their points: the first of right, left, above and below that covers no point and no other name."""
-    (low, high), (bottom, top) = np.log2(ax.get_xlim()), ax.get_ylim()
-    places = [((np.log2(x) - low) / (high - low) * 330, (y - bottom) / (top - bottom) * 190) for x, y in points]
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
-    for (x, y), (px, py), name in zip(points, places, names, strict=True):
-        wide = 6.6 * len(name)
-        offsets = (
-            (8, 0, "left", "center", (px + 7, py - 6, px + 9 + wide, py + 6)),
-            (-8, 0, "right", "center", (px - 9 - wide, py - 6, px - 7, py + 6)),
-            (0, 8, "center", "bottom", (px - wide / 2, py + 7, px + wide / 2, py + 20)),
-            (0, -8, "center", "top", (px - wide / 2, py - 20, px + wide / 2, py - 7)),
-        )
-        free = [o for o in offsets if _inside(o[4]) and not any(_overlap(o[4], other) for other in taken)]
-        dx, dy, ha, va, box = (free or offsets)[0]
-        taken.append(box)
-        ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=10)
-
-
-def _inside(box: tuple[float, float, float, float]) -> bool:
-    return box[0] >= 0 and box[1] >= 0 and box[2] <= 330 and box[3] <= 190
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

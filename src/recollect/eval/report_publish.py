@@ -16,7 +16,7 @@ from pathlib import Path
 from recollect.core.errors import RunError
 from recollect.core.files import write_atomically
 from recollect.eval.report import answer_of, markdown_tables, result_rows, write_report
-from recollect.eval.report_data import load_faceoff
+from recollect.eval.report_read import load_faceoff
 
 
 def publish(directory: Path, root: Path) -> list[Path]:

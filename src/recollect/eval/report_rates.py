@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recollect.eval.report_data import FaceOff, Row, Stat, Trial, load_faceoff
+from recollect.eval.report_data import FaceOff, Row, Stat, Trial
+from recollect.eval.report_read import load_faceoff
 from recollect.eval.report_text import ABSENT, Cell, Table, TableRow, number
 
 TITLES = {"recall": "Learning rates tried: words", "world": "Learning rates tried: worlds"}

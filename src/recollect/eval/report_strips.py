@@ -13,14 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.core.errors import RunError
+from recollect.eval.published import published_for
 from recollect.eval.report_data import FaceOff, Run
 from recollect.eval.report_figures import PRINT, draw_accuracy_bars, draw_reward_bars, require_matplotlib, settings
+from recollect.eval.report_rows import Panel, panels
+from recollect.eval.report_text import task_name
 
 Frames = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.float64]
 
 MAX_FRAMES = 10
 MAX_EPISODES = 3
+
+NAME_ROOM = 0.125
+"""Part of the summary's width that the names beside bars may take."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +117,42 @@ def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
         taken = heading.get_window_extent().width / (0.95 * figure.bbox.width)
         heading.set_fontsize(32 / max(1.0, taken))
         bottom = 0.40 if strip else 0.10
-        for i, group in enumerate(groups):
-            left, width = 0.135 + 0.495 * i, 0.345 if len(groups) == 2 else 0.84
-            ax = figure.add_axes((left, bottom, width, 0.77 - bottom))
-            draw, title = {
-                "recall": (draw_accuracy_bars, "Joint recall: values right"),
-                "world": (draw_reward_bars, "Rewards: observing (pale), imagining (solid)"),
-            }[group]
-            ax.set_title(title, loc="left", pad=32, fontsize=18)
-            draw(ax, PRINT, face)
+        axes = [(group, panel) for group in groups for panel in _summary_panels(face, group)]
+        published = published_for(face.name)
+        each, most = 0.99 / len(axes), max(len(panel.rows) for _, panel in axes) if len(axes) > len(groups) else 1
+        for i, (group, panel) in enumerate(axes):
+            left = 0.135 if len(axes) < 3 else 0.02 + NAME_ROOM
+            width = 0.84 if len(axes) == 1 else each - NAME_ROOM - 0.03
+            tall = (0.77 - bottom) * min(1.0, (1 + len(panel.rows)) / (1 + most))
+            ax = figure.add_axes((left + each * i, 0.77 - tall, width, tall))
+            ax.set_title(_summary_title(face, group, panel), loc="left", pad=32, fontsize=18)
+            if group == "recall":
+                paper = published.accuracy if published else None
+                draw_accuracy_bars(ax, PRINT, face, panel, paper, all_guessers=len(axes) == 1)
+            else:
+                draw_reward_bars(ax, PRINT, face)
             for name in ax.get_yticklabels():  # a long name must not run off the page, or into the other bars
-                room = 0.12 * figure.bbox.width
+                room = (NAME_ROOM - 0.005) * figure.bbox.width
                 name.set_fontsize(16.0 * min(1.0, room / name.get_window_extent().width))
+        if published is not None:
+            note = f"Diamonds: {published.source}" + ("" if face.name == published.same_task else ", on larger tables")
+            figure.text(0.975, 0.855, note, fontsize=15, ha="right", color=PRINT.muted)
         if strip:
             _draw_film(figure, strip)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _summary_panels(face: FaceOff, group: str) -> list[Panel]:
+    rows = face.ranked(group)
+    return panels(face, rows) if group == "recall" else [Panel("", tuple(rows))]
+
+
+def _summary_title(face: FaceOff, group: str, panel: Panel) -> str:
+    if group == "world":
+        return "Rewards: observing (pale), imagining (solid)"
+    return panel.title or f"{task_name(face).capitalize()}: values right"
 
 
 def _draw_film(figure: Any, film: Film) -> None:

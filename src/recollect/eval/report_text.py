@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from recollect.eval.published import published_for, published_note
 from recollect.eval.report_data import LOWER_IS_BETTER, METRICS, FaceOff, Row, Stat
 
 ABSENT = "-"
@@ -31,7 +32,8 @@ LABELS = {
     "generation_mse": "generation error",
 }
 
-NAMES = {"recall": "Words: joint recall", "world": "Worlds: reward and frames in imagination"}
+LEVELS = (0.5, 0.9)
+"""Accuracies on held-out data whose first step is tabulated."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,31 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
+def task_name(face: FaceOff) -> str:
+    """What the recall rows are trained on: "joint recall"; "recall" where runs differ or do not say."""
+    return face.tasks[0].replace("-", " ") if len(face.tasks) == 1 else "recall"
+
+
+def group_title(face: FaceOff, group: str) -> str:
+    """The heading of a group's table."""
+    return f"Words: {task_name(face)}" if group == "recall" else "Worlds: reward and frames in imagination"
+
+
+def guesser_phrase(face: FaceOff) -> str:
+    """The guesser that recall is held against, in words."""
+    name = face.guesser[0] if face.guesser else "context-blind"
+    return "a guesser that ignores the context" if name == "context-blind" else f"the guesser '{name}'"
+
+
+def steps_to(row: Row, level: float) -> tuple[float, int] | None:
+    """Steps until held-out accuracy first reached ``level``: mean over the finished seeds that did, and how many."""
+    firsts: list[float] = []
+    for run in row.finished:
+        steps, accuracy = run.curve("accuracy", "step", evaluation=True)
+        firsts += steps[accuracy >= level][:1].tolist()
+    return (sum(firsts) / len(firsts), len(firsts)) if firsts else None
+
+
 def verdict(face: FaceOff, group: str) -> Verdict | None:
     """Who leads ``group``; None while it has no results."""
     ranked = face.ranked(group)
@@ -164,12 +191,17 @@ def table(face: FaceOff, group: str) -> Table:
         ("parameters", lambda row: human_count(row.field("params"))),
         ("state", lambda row: human_bytes(row.field("state_bytes"))),
         ("steps", lambda row: human_count(row.field("steps"))),
+        *_reached(ranked),
         ("time", lambda row: human_seconds(row.field("wall_s"))),
         ("steps/s", lambda row: ABSENT if row.steps_per_s is None else significant(row.steps_per_s)),
         ("seeds", lambda row: f"{len(row.finished)} of {len(row.runs)}"),
     ]
     if any(_budget(row) != ABSENT for row in ranked):
         costs.insert(2, ("keys per query", _budget))
+    published = published_for(face.name) if group == "recall" else None
+    if published is not None:
+        paper = published.accuracy
+        costs.insert(0, ("published, %", lambda row: f"{100 * paper[row.name]:.1f}" if row.name in paper else ABSENT))
     rows: list[TableRow] = []
     for row in ranked:
         cells = [
@@ -185,8 +217,14 @@ def table(face: FaceOff, group: str) -> Table:
     note = _note(ranked) + (
         " Errors: squared, summed over the pixels of a frame; less is better." if group == "world" else ""
     )
+    if published is not None:
+        note += f" {published_note(face.name)}"
+    if any(name.startswith("steps to") for name, _ in costs):
+        note += (
+            " Steps to: first evaluation during training at or above that accuracy, mean of the seeds that got there."
+        )
     columns = (*(LABELS[metric] for metric in metrics), *(name for name, _ in costs))
-    return Table(group, NAMES[group], columns, tuple(rows), note)
+    return Table(group, group_title(face, group), columns, tuple(rows), note)
 
 
 def tables(face: FaceOff) -> list[Table]:
@@ -214,9 +252,9 @@ def _group_sentences(face: FaceOff, group: str) -> list[str]:
         return []
     line = face.line(group)
     best = found.leaders[0]
-    task = "On joint recall" if group == "recall" else "Asked for the reward after imagining the way to it"
+    task = f"On {task_name(face)}" if group == "recall" else "Asked for the reward after imagining the way to it"
     unit = "of the values" if group == "recall" else "of the rewards"
-    reference = "a guesser that ignores the context" if group == "recall" else "chance"
+    reference = guesser_phrase(face) if group == "recall" else "chance"
     against = f"; {reference} gets {percent(line)}" if line is not None else ""
     if not found.clears:
         first = f"{task}, no backbone remembers yet: {best.name}, the best, gets {_spread(_score(best))} {unit} right"
@@ -290,6 +328,25 @@ def _budget(row: Row) -> str:
     return (
         ", ".join(dict.fromkeys("all" if keys is None else str(keys) if keys else ABSENT for keys in found)) or ABSENT
     )
+
+
+def _reached(ranked: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """A column for every level that some row of recall reached."""
+    if not ranked or ranked[0].group != "recall":
+        return []
+
+    def column(level: float) -> Callable[[Row], str]:
+        def text(row: Row) -> str:
+            found = steps_to(row, level)
+            if found is None:
+                return ABSENT
+            share = f" ({found[1]} of {len(row.finished)})" if found[1] < len(row.finished) else ""
+            return human_count(found[0]) + share
+
+        return text
+
+    levels = [level for level in LEVELS if any(steps_to(row, level) for row in ranked)]
+    return [(f"steps to {100 * level:.0f}\u00a0%", column(level)) for level in levels]
 
 
 def _progress(row: Row) -> str:

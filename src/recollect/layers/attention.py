@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
 from recollect.core.layer import LayerConfig, LayerOut, SequenceLayer
+from recollect.ops.attention_map import AttentionInputs
 from recollect.ops.causal_attention import KeyMemory, causal_attention, init_memory, memory_bytes, positions
 from recollect.ops.patterns import Full, Pattern, Window
 from recollect.ops.rotary import rotate
@@ -115,3 +116,12 @@ class Attention(SequenceLayer):
         """One query against the remembered keys: cost O(window d_model)."""
         out = self(x[:, None], state, reset=None if reset is None else reset[:, None])
         return out.y[:, 0], out.state
+
+    def attention_inputs(self, x: Tensor) -> AttentionInputs:
+        """What ``forward`` attends with over fresh sequences x (B, L, D), as ``ops.attention_map`` takes it."""
+        c = self.config
+        qk = self.to_qkv(x).unflatten(-1, (-1, self.d_head))[:, :, : c.n_heads + c.kv_heads]
+        if c.rotary:
+            qk = rotate(qk, positions(x.shape[1], torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), None))
+        q, k = qk.split([c.n_heads, c.kv_heads], 2)
+        return AttentionInputs(q, k.repeat_interleave(c.n_heads // c.kv_heads, 2), c.patterns, self.d_head**-0.5)

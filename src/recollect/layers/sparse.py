@@ -14,6 +14,7 @@ from recollect.core.errors import ConfigError
 from recollect.core.layer import LayerOut, SequenceLayer
 from recollect.core.types import Aux
 from recollect.layers.sparse_options import SparseOptions
+from recollect.ops.attention_map import AttentionInputs
 from recollect.ops.hashing import draw_planes, hash_buckets, hash_loss
 from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, find
 from recollect.ops.scan import accumulator_dtype
@@ -158,6 +159,21 @@ class SparseAttention(SequenceLayer):
         """One query against its own slots: O(K (N + P)) for a budget of K keys, and one copy of the memory."""
         out = self._attend(x[:, None], state, None if reset is None else reset[:, None], taught=False)
         return out.y[:, 0], out.state
+
+    def attention_inputs(self, x: Tensor) -> AttentionInputs:
+        """What ``forward`` attends with over fresh sequences x (B, L, D), as ``ops.attention_map`` takes it."""
+        c = self.config
+        q, k, scale = self._queries_and_keys(x)
+        buckets, score = None, None
+        if self.lsh is not None:
+            planes = self.current_planes()
+            buckets = Buckets(*(hash_buckets(each, planes, self.lsh.rule) for each in (q, k)))
+        if self.key_selection is not None:
+            score = self._score(k, F.normalize(running_sum(q, None, None)[0], dim=-1).to(k.dtype))
+            if c.gated:
+                q = torch.cat([q, torch.ones_like(q[..., :1])], -1)
+                k = torch.cat([k, F.logsigmoid(score)[..., None] / scale], -1)
+        return AttentionInputs(q, k, c.union, scale, score, buckets)
 
     def current_planes(self) -> Tensor:
         """Hash planes in force, (H, N, n_rounds, n_planes): those drawn first unless redrawn ones are being trained on.

@@ -90,3 +90,8 @@ class Task(ABC):
     @abstractmethod
     def oracles(self) -> Mapping[str, Oracle]:
         """Solvers that know part of the task, by name: each gives predictions (B, L) for a batch."""
+
+    def told_at(self, batch: TokenBatch) -> Ints | None:
+        """Where the value that answers each asked position was told, (B, L), -1 elsewhere; None if no one place."""
+        del batch
+        return None

@@ -26,7 +26,7 @@ from recollect.core.errors import ConfigError
 from recollect.tasks import blocks
 from recollect.tasks.base import Oracle, Size, Split, Task, TaskConfig
 from recollect.tasks.batch import Ints, TokenBatch
-from recollect.tasks.oracles import nested_oracles
+from recollect.tasks.oracles import nested_oracles, told_at
 from recollect.tasks.splits import Facts, draw_in
 from recollect.tasks.vocabulary import BLANK, BOS, SEP, Vocabulary
 
@@ -168,6 +168,10 @@ class NestedRecall(Task):
     @property
     def oracles(self) -> Mapping[str, Oracle]:
         return nested_oracles(self)
+
+    def told_at(self, batch: TokenBatch) -> Ints:
+        """The position right after the cell's key in the first part."""
+        return told_at(batch, self)
 
     def _check_batch_size(self, batch_size: int) -> None:
         if batch_size < 1:

@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
 
 def uniform(batch: TokenBatch, task: NestedRecall) -> Ints:
     """A value drawn anew for every query (always the same draws for a batch of the same shape)."""
-    asked = _read(batch, task)[2]
+    asked = read_pairs(batch, task)[2]
     rng = Streams(0).numpy("eval", "uniform-oracle")
     return _answer(batch, asked, rng.integers(task.config.n_values, size=len(asked.row)))
 
@@ -101,7 +101,7 @@ def nested_oracles(task: NestedRecall) -> Mapping[str, Oracle]:
     return {name: bound(solver) for name, solver in solvers.items()}
 
 
-def _read(batch: TokenBatch, task: NestedRecall) -> tuple[Pairs, Ints, Pairs]:
+def read_pairs(batch: TokenBatch, task: NestedRecall) -> tuple[Pairs, Ints, Pairs]:
     """The pairs of the first part, their values (M,), and the queries of the second."""
     tokens, vocabulary = batch.tokens, task.vocabulary
     n_axes = len(vocabulary.first)
@@ -125,16 +125,26 @@ def _read(batch: TokenBatch, task: NestedRecall) -> tuple[Pairs, Ints, Pairs]:
 
 def _recall(batch: TokenBatch, task: NestedRecall, axes: Sequence[int]) -> Ints:
     """The value told last under the same indices along ``axes``."""
-    told, value, asked = _read(batch, task)
+    told, value, asked = read_pairs(batch, task)
     table = np.zeros((len(batch.tokens), *(task.limits[axis] for axis in axes)), dtype=np.int64)
     # Pairs are in reading order, and the last one assigned stays.
     table[(told.row, *(told.path[axis] for axis in axes))] = value
     return _answer(batch, asked, table[(asked.row, *(asked.path[axis] for axis in axes))])
 
 
+def told_at(batch: TokenBatch, task: NestedRecall) -> Ints:
+    """Where the value of the cell that each position asks for was told, (B, L), -1 where nothing is asked."""
+    told, _, asked = read_pairs(batch, task)
+    place = np.zeros((len(batch.tokens), *task.limits), dtype=np.int64)
+    place[(told.row, *told.path)] = told.column + 1
+    found = np.full(batch.tokens.shape, -1, dtype=np.int64)
+    found[asked.row, asked.column] = place[(asked.row, *asked.path)]
+    return found
+
+
 def _majority(batch: TokenBatch, task: NestedRecall, axes: Sequence[int]) -> Ints:
     """The most frequent value told under the same indices along ``axes``."""
-    told, value, asked = _read(batch, task)
+    told, value, asked = read_pairs(batch, task)
     shape = (len(batch.tokens), *(task.limits[axis] for axis in axes), task.config.n_values)
     cell = np.ravel_multi_index((told.row, *(told.path[axis] for axis in axes), value), shape)
     most = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape).argmax(axis=-1)

@@ -144,6 +144,14 @@ class Zoology(Task):
         """``frequent`` says the smallest value told: each is told once."""
         return {"uniform": self._uniform, "frequent": self._frequent, "perfect": self._perfect}
 
+    def told_at(self, batch: TokenBatch) -> Ints:
+        """The position of the value in the pair of the asked key."""
+        told, asked = self._read(batch.tokens)
+        row, pair = np.nonzero(told)
+        place = np.full((len(batch.tokens), self.vocab_size), -1, dtype=np.int64)
+        place[row, batch.tokens[row, 2 * pair]] = 2 * pair + 1
+        return np.where(asked, np.take_along_axis(place, batch.tokens, axis=1), -1)
+
     def _uniform(self, batch: TokenBatch) -> Ints:
         rng = Streams(0).numpy("eval", "uniform-oracle")
         return rng.integers(self.first_value, self.vocab_size, size=batch.tokens.shape)

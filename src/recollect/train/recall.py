@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
 from recollect.core.seeding import Streams
+from recollect.eval.attended import Attended, attended
 from recollect.eval.recall import recall_scores
 from recollect.layers.sparse import set_dense
 from recollect.layers.sparse_options import SparseOptions
@@ -140,7 +141,14 @@ class Recall(Problem):
         if self.task.blind is not None:
             metrics["binding_gap"] = scores.mean - scores.oracles[self.task.blind]
         cells = scores.cells(self.task.axes)
-        return Evaluation(metrics, {"cells": cells, "oracles": scores.oracles, "key_budget": self._key_budget()})
+        details = {
+            "cells": cells,
+            "oracles": scores.oracles,
+            "key_budget": self._key_budget(),
+            "blind": self.task.blind,
+        }
+        seen = attended(model, self.task, lambda name: streams.numpy("eval", name)) if final else Attended()
+        return Evaluation(metrics, {**details, "attended": seen.details or None}, seen.arrays)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         return {
