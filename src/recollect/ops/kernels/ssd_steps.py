@@ -227,15 +227,18 @@ def backward(
         low = g * per_group + per_group * part // parts
         heads = g * per_group + per_group * (part + 1) // parts - low
         state_at = (b * n_heads + low) * d_state * width
+        # Sums over lanes must not meet what a unit with more heads left behind.
+        for each in (first, dS, row, drow, decay, step, skip, dskip):
+            each[:] = 0
         _state_in(dS, dstates, state_at, heads, d_state, width)
         _spread(skip, D, low, heads, width)
-        dskip[:] = 0
         for back in range((length + size - 1) // size):
             chunk = (length - 1) // size - back
             t0 = chunk * size
             count = min(size, length - t0)
             _decays(decays, dt, A, reset, b, t0, count, low, heads)
-            _state_in(first, kept, (b * starts.shape[1] + chunk) * n_heads * d_state * width + low * d_state * width, heads, d_state, width)
+            start_at = ((b * starts.shape[1] + chunk) * n_heads + low) * d_state * width
+            _state_in(first, kept, start_at, heads, d_state, width)
             _copy(S, 0, first, 0, block)
             for q in range(count):
                 t = t0 + q
@@ -265,7 +268,8 @@ def backward(
                 for four in range(d_state // 4):
                     n = here + 4 * four
                     b0, b1, b2, b3 = splat(keys[n]), splat(keys[n + 1]), splat(keys[n + 2]), splat(keys[n + 3])
-                    c0, c1, c2, c3 = splat(queries[n]), splat(queries[n + 1]), splat(queries[n + 2]), splat(queries[n + 3])
+                    c0, c1 = splat(queries[n]), splat(queries[n + 1])
+                    c2, c3 = splat(queries[n + 2]), splat(queries[n + 3])
                     db0, db1, db2, db3 = splat(zero), splat(zero), splat(zero), splat(zero)
                     dc0, dc1, dc2, dc3 = splat(zero), splat(zero), splat(zero), splat(zero)
                     for v in range(lanes // LANES):
