@@ -18,7 +18,7 @@ from recollect.ops import dispatch
 from recollect.ops.conv import causal_conv
 from recollect.ops.gate import gated, gated_rms_norm
 from recollect.ops.projection import split_linear
-from recollect.ops.ssd import ssd, ssd_reference
+from recollect.ops.ssd import STEPS_STATES, ssd, ssd_reference
 
 LENGTHS = (1, 63, 64, 65, 1000)
 # Largest error over largest value (at least 1), float32 against the float64 reference at 1,000 positions: measured
@@ -83,6 +83,24 @@ def test_ssd_equals_reference(form: str, length: int, groups: int) -> None:
         expected = run(ssd_reference, case)
         for chunk_size in (64, 7) if length < 1000 else (64,):
             assert_near(run(ssd, case, chunk_size=chunk_size), expected, 1e-9)
+
+
+@pytest.mark.parametrize("d_state", [STEPS_STATES, STEPS_STATES + 1])
+def test_ssd_equals_reference_whatever_its_kernel(form: str, d_state: int) -> None:
+    """Both compiled kernels, with shares of one head and of two, which take turns in one thread."""
+    given = inputs(70, batch=3)
+    given |= {k: torch.randn(3, 70, 1, d_state, dtype=torch.float64) for k in ("B_BLGN", "C_BLGN")}
+    given["h_init"] = torch.randn(3, 4, 3, d_state, dtype=torch.float64)
+    assert_near(run(ssd, given), run(ssd_reference, given), 1e-9)
+
+
+def test_a_row_without_numbers_leaves_the_others_alone(form: str) -> None:
+    given = inputs(40, batch=3)
+    spoiled = {k: v.clone() for k, v in given.items()}
+    spoiled["x_BLHP"][0] = spoiled["dt_BLH"][0] = torch.nan
+    expected, found = run(ssd, given), run(ssd, spoiled)
+    for name in ("output 0", "output 1", *(f"gradient of {k}" for k in ("x_BLHP", "dt_BLH", "B_BLGN", "C_BLGN"))):
+        torch.testing.assert_close(found[name][1:], expected[name][1:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("resets", [True, False])

@@ -16,6 +16,7 @@ from recollect.layers.mlstm import MLSTM
 from recollect.layers.s4 import S4
 from recollect.layers.s4d import S4D
 from recollect.layers.s5 import S5
+from recollect.layers.short_conv import ShortConv
 from recollect.layers.sparse import SparseAttention
 from recollect.layers.transformer_xl import TransformerXL
 
@@ -32,6 +33,7 @@ LAYERS: dict[str, type[SequenceLayer]] = {
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "mlstm": MLSTM,
+    "short_conv": ShortConv,
     "sparse": SparseAttention,
     "hax": HAX,
     "mlp": Mlp,

@@ -19,6 +19,11 @@ from recollect.ops import dispatch
 from recollect.ops.decayed import ResetMasks, Within
 from recollect.ops.scan import accumulator_dtype
 
+STEPS_STATES = 16
+"""At most so many states are taken one position after the other in compiled form; more are cheaper in chunks."""
+STEPS_CHUNK = 32
+"""Positions whose states backward makes again at a time: few enough for a cache."""
+
 
 def ssd_step(
     x_BHP: Tensor,
@@ -95,7 +100,7 @@ def ssd(
         x, dt, A, B, C = (t.to(dtype) for t in (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN))
         D = None if D_H is None else D_H.to(dtype)
         h = None if h_init is None else h_init.to(dtype)
-        module = dispatch.kernels("ssd", x, dt, A, B, C)
+        module = dispatch.kernels("ssd_steps" if B.shape[3] <= STEPS_STATES else "ssd", x, dt, A, B, C)
         if module is None:
             return _chunked(x, dt, A, B, C, D, h, reset, chunk_size)
         return _fused(module, x, dt, A, B, C, D, h, reset, chunk_size)
@@ -122,6 +127,7 @@ def _fused(
         h = None if h is None else F.pad(h, (0, more_N, 0, more_P))
     if h is None:
         h = x.new_zeros(x.shape[0], n_heads, x.shape[3], keys.shape[3])
+    chunk_size = chunk_size if keys.shape[3] > STEPS_STATES else min(chunk_size, STEPS_CHUNK)
     size = -(-length // -(-length // chunk_size))
     skip = x.new_zeros(n_heads) if D is None else D
     y, last = cast(

@@ -130,9 +130,11 @@ class _Stream(torch.autograd.Function):
 
 def _pack(held_BHMN: Tensor, new_BLHN: Tensor) -> Tensor:
     """All sources of a row in one flat table whose rows are padded to whole vectors: (R, S * padded)."""
-    both = torch.cat([held_BHMN, new_BLHN.transpose(1, 2)], 2)
+    both = new_BLHN.transpose(1, 2)
+    if held_BHMN.shape[2]:
+        both = torch.cat([held_BHMN, both], 2)
     spare = -both.shape[-1] % LANES
-    return (F.pad(both, (0, spare)) if spare else both).flatten(2).flatten(0, 1)
+    return (F.pad(both, (0, spare)) if spare else both).flatten(2).flatten(0, 1).contiguous()
 
 
 def _taken(rows: Tensor, table_RM: Tensor, like_BLHN: Tensor) -> Tensor:

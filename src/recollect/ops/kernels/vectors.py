@@ -82,6 +82,13 @@ def _times(typing_context: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 - numba'
     return a(a, a), generate
 
 
+def _plus(typing_context: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 - numba's signature
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.fadd(*arguments)
+
+    return a(a, a), generate
+
+
 def _larger(typing_context: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 - numba's signature
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
         return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
@@ -131,6 +138,8 @@ fma: Any = intrinsic(_fma)
 """``fma(a, b, c)``: a * b + c by element, rounded once."""
 times: Any = intrinsic(_times)
 """``times(a, b)``: a * b by element."""
+plus: Any = intrinsic(_plus)
+"""``plus(a, b)``: a + b by element."""
 larger: Any = intrinsic(_larger)
 """``larger(a, b)``: a where a > b, else b."""
 total: Any = intrinsic(_total)
