@@ -44,7 +44,7 @@ def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch made on the CPU with its tensors contiguous and on ``device``. Copies to a GPU do not make the host wait."""
+    """A batch made on the CPU, its tensors contiguous and on ``device``. Copies to a GPU do not make the host wait."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
