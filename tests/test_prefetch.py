@@ -38,8 +38,6 @@ class OddConfig(ToyConfig, kind="odd-toy"):
     how: str = "fine"
 
     def build(self) -> Odd:
-        if self.how == "unbuilt":
-            raise DataError("the store is damaged; delete it")
         return Odd(self)
 
 
@@ -55,8 +53,6 @@ class Odd(Toy):
         c = self.config
         if step == c.at and c.how == "raise":
             raise DataError("episode 7 is damaged; delete the store")
-        if step == c.at and c.how == "bug":
-            raise ZeroDivisionError("a bug")
         if step == c.at and c.how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         batch = super().batch(step, streams, device)
@@ -78,9 +74,9 @@ def test_the_same_bits_also_when_resumed_with_another_number(tmp_path: Path) -> 
     train(toy_run(steps=12), tmp_path / "here")
     steps = iter(range(1, 99))
     with pytest.raises(StoppedError):
-        train(toy_run(steps=12), tmp_path / "ahead", data_workers=2, stop=lambda: next(steps) == 5)
+        train(toy_run(steps=12), tmp_path / "ahead", data_workers=1, stop=lambda: next(steps) == 5)
     assert active_children() == []
-    train(toy_run(steps=12), tmp_path / "ahead", data_workers=3)
+    train(toy_run(steps=12), tmp_path / "ahead", data_workers=2)
     assert active_children() == []
     here, ahead = (tensors(tmp_path / name, 12) for name in ("here", "ahead"))
     assert here.keys() == ahead.keys()
@@ -118,7 +114,6 @@ def test_batches_come_as_they_are_made_and_workers_compute_with_one_thread() -> 
     ("how", "kind", "message"),
     [
         ("raise", DataError, "^episode 7 is damaged; delete the store$"),
-        ("bug", ZeroDivisionError, "^a bug$"),
         ("die", RunError, "batch of step 5 was killed by signal SIGKILL.*--data-workers 0"),
     ],
 )
@@ -126,17 +121,11 @@ def test_what_goes_wrong_in_a_worker_ends_the_run(
     tmp_path: Path, how: str, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as caught:
-        train(odd_run(how), tmp_path, data_workers=2)
+        train(odd_run(how), tmp_path, data_workers=1)
     assert "\n" not in str(caught.value)
     assert how == "die" or "in batch" in str(caught.value.__cause__), "the worker's own traceback is shown"
     assert active_children() == []
     assert ckpt.stems(tmp_path / "checkpoints") == ["step-00000004"]
-
-
-def test_an_error_in_the_loop_ends_the_workers(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="loss is nan at step 3"):
-        train(toy_run(problem=ToyConfig(nan_at=3)), tmp_path, data_workers=1)
-    assert active_children() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -145,7 +134,7 @@ def test_signals_to_the_whole_group(tmp_path: Path, number: signal.Signals) -> N
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path, "TOY_PAUSE_S": "0.05"}
     command = [sys.executable, "-m", "recollect", "train", "toy_problem:faceoff", "--row", "good"]
-    command += ["--out", str(tmp_path), "--data-workers", "2", "train.steps=5000"]
+    command += ["--out", str(tmp_path), "--data-workers", "1", "train.steps=5000"]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
     )

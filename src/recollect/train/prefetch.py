@@ -148,6 +148,8 @@ class _Packed:
     def tensor(self) -> Tensor:
         import torch
 
+        if not self.data.size:  # numpy gives what is empty a stride that torch cannot view as another type
+            return torch.empty(self.shape, dtype=self.dtype)
         return torch.from_numpy(self.data).view(self.dtype).view(self.shape)
 
 
