@@ -47,7 +47,7 @@ def compiled_step(how: Compile) -> Generator[None]:
     except Exception as error:
         if how == "off" or not _is_of_the_compiler(error):
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
         raise RunError(f"--compile {how} failed ({reason}); the same command with --compile off goes on") from error
 
 
