@@ -161,7 +161,7 @@ class SparseAttention(SequenceLayer):
         """
         if not (self.training and self.config.planes == "redrawn"):
             return self.planes
-        return self._redrawn()
+        return self._redrawn()  # pyright: ignore[reportCallIssue, reportReturnType] the decorator is untyped
 
     @torch.compiler.disable
     def _redrawn(self) -> Tensor:
