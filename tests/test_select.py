@@ -132,6 +132,23 @@ def test_a_time_limit_that_passed_between_two_starts_still_validates_the_last_st
     assert results_of(tmp_path)["validation"]["step"] == 1
 
 
+def test_what_is_said_of_the_tested_weights_is_what_stands_beside_them(tmp_path: Path) -> None:
+    """The best weights may be of a step after the last checkpoint, which a time limit then never reaches again."""
+    run = jumpy(time_limit_s=1000.0)
+    steps = iter(range(1, 99))
+    with pytest.raises(StoppedError):
+        train(run, tmp_path, stop=lambda: next(steps) == 6)
+    folder = tmp_path / "checkpoints"
+    early = ckpt.load(folder, "best-00000004")
+    later = {"step": 8, "metric": "error", "value": 1e-9}
+    ckpt.save(folder, "best-00000008", ckpt.Checkpoint(early.tensors, later))
+    facts = folder / "step-00000006.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "wall_s": 1001.0}))
+    train(run, tmp_path)
+    assert results_of(tmp_path)["validation"] == later
+    assert results_of(tmp_path)["steps"] == 6
+
+
 def test_averaged_weights_are_what_is_kept(tmp_path: Path) -> None:
     run = jumpy(ema=0.5)
     train(run, tmp_path)
