@@ -20,6 +20,8 @@ Folder: TypeAlias = Annotated[Path, arg(metavar="DIR")]
 Names: TypeAlias = Annotated[tuple[str, ...], arg(metavar="NAME[,NAME ...]")]
 Sizes: TypeAlias = Annotated[tuple[str, ...], arg(metavar="N[,N ...]|A..B")]
 OneWay: TypeAlias = FlagCreatePairsOff[bool]
+DataWorkers: TypeAlias = Annotated[int, arg(metavar="N")]
+CompileWay: TypeAlias = Literal["off", "default", "graphs"]
 RecipeName: TypeAlias = Annotated[Positional[str], arg(metavar="RECIPE")]
 
 
@@ -54,6 +56,10 @@ class Train:
     """The run's directory. Default: runs/RECIPE/GROUP/ROW/seedN."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    data_workers: DataWorkers = 0
+    """Processes that make the next batches ahead; 0: none. Changes no number, and may differ when resuming."""
+    compile: CompileWay = "off"
+    """default: torch.compile. graphs: with CUDA graphs. What it computes differs by rounding."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,10 @@ class Resume:
     """A run's directory: one that holds config.json."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    data_workers: DataWorkers = 0
+    """Processes that make the next batches ahead; 0: none. Changes no number, and may differ when resuming."""
+    compile: CompileWay = "off"
+    """default: torch.compile. graphs: with CUDA graphs. What it computes differs by rounding."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Eval:
     directory: Where
     """A run's directory."""
     best: bool = False
-    """Take the checkpoint of the best evaluation instead of the last one."""
+    """Take the weights of the best validation; default: those that the run was tested with (train.select)."""
     json: bool = False
     """Print JSON instead of a table."""
     device: str = "cpu"
@@ -208,12 +218,15 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
         Train,
         "Train one row of a recipe. The same command resumes a stopped run and leaves a finished one alone.",
         "recollect train demo --row mamba2 --group recall\n"
-        "recollect train demo --row gru --group world --seed 1 train.steps=500 train.lr=1e-3",
+        "recollect train demo --row gru --group world --seed 1 train.steps=500 train.lr=1e-3\n"
+        "recollect train demo --row mamba2 --group recall --device cuda --data-workers 4 --compile graphs\n"
+        "recollect train demo --row mamba2 --group recall train.eval_every=100 train.select=best",
     ),
     "resume": (
         Resume,
         "Start or continue the run that a directory's config.json describes.",
-        "recollect resume runs/demo/recall/mamba2/seed0",
+        "recollect resume runs/demo/recall/mamba2/seed0\n"
+        "recollect resume runs/demo/recall/mamba2/seed0 --data-workers 2",
     ),
     "eval": (
         Eval,

@@ -26,7 +26,7 @@ def execute(command: arguments.Command) -> int:
         case arguments.Train():
             return _train(command)
         case arguments.Resume():
-            return _go(_run_of(command.directory), command.directory, command.device)
+            return _go(_run_of(command.directory), command.directory, command)
         case arguments.Eval():
             return _eval(command)
         case arguments.Imagine():
@@ -69,15 +69,23 @@ def _train(command: arguments.Train) -> int:
 
     run = replace(load_recipe(command.recipe).pick(command.row, command.group), seed=command.seed)
     run = override(run, command.overrides)
-    return _go(run, command.out or default_directory(run), command.device)
+    return _go(run, command.out or default_directory(run), command)
 
 
-def _go(run: RunConfig, directory: Path, device: str) -> int:
+def _go(run: RunConfig, directory: Path, command: arguments.Train | arguments.Resume) -> int:
     from recollect.train.loop import train
     from recollect.train.runtime import stop_on_signals
 
     with stop_on_signals() as stop:
-        results = train(run, directory, device=device, progress=_print_record, stop=stop)
+        results = train(
+            run,
+            directory,
+            device=command.device,
+            data_workers=command.data_workers,
+            compile=command.compile,
+            progress=_print_record,
+            stop=stop,
+        )
     print(f"{directory}: finished after {results['steps']} steps, {results['wall_s']:.0f} s of training")
     _print_metrics(results["metrics"])
     return 0
@@ -88,7 +96,7 @@ def _eval(command: arguments.Eval) -> int:
     from recollect.train.metrics import finite
 
     _run_of(command.directory)
-    metrics = finite(evaluate_run(command.directory, best=command.best, device=command.device).metrics)
+    metrics = finite(evaluate_run(command.directory, best=command.best or None, device=command.device).metrics)
     if command.json:
         print(json.dumps(metrics, indent=2))
     else:

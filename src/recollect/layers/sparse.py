@@ -183,6 +183,10 @@ class SparseAttention(SequenceLayer):
         """
         if not (self.training and self.config.planes == "redrawn"):
             return self.planes
+        return self._redrawn()  # pyright: ignore[reportCallIssue, reportReturnType] the decorator is untyped
+
+    @torch.compiler.disable
+    def _redrawn(self) -> Tensor:
         heads, d_key, n_rounds, n_planes = self.planes.shape
         generator = torch.Generator().manual_seed(int(self.plane_seed) + int(self.plane_draws))
         return draw_planes(d_key, heads, n_rounds, n_planes, generator).to(self.planes)
@@ -193,7 +197,8 @@ class SparseAttention(SequenceLayer):
         return (Full(),) if self.dense and self.training else self.config.union
 
     def _attend(self, x: Tensor, state: State | None, reset: Tensor | None, *, taught: bool) -> LayerOut:
-        c, aux = self.config, Aux()
+        c = self.config
+        aux: Aux = {}
         q, k, scale = self._queries_and_keys(x)
         v = self.to_v(x).unflatten(-1, (c.n_heads, self.d_value))
         buckets = None

@@ -245,8 +245,11 @@ class _Walk:
         self.back, self.n_memory, self.reach = back_BL, n_memory, reach
         self.size = dispatch.causal_attention_block(q_RJLN.device, reach)
         at = torch.arange(n_memory, n_memory + back_BL.shape[1], device=back_BL.device)
-        plain_L = (back_BL == at.clamp(max=reach - 1)).all(0).cpu()
-        self.plain = [bool(part.all()) for part in plain_L.split(self.size)]
+        if torch.compiler.is_compiling():  # what is compiled cannot follow from the data: every block gets its own mask
+            self.plain = [False] * -(-back_BL.shape[1] // self.size)
+        else:
+            plain_L = (back_BL == at.clamp(max=reach - 1)).all(0).cpu()
+            self.plain = [bool(part.all()) for part in plain_L.split(self.size)]
         self.mask_of: tuple[int, int, int] | None = None
         self.mask = q_RJLN.new_empty(0)
 

@@ -33,6 +33,8 @@ def explain_kernels(*tensors: Tensor) -> Choice:
     """Whether ops on these tensors run as numba kernels or as PyTorch's operations, and why."""
     if KERNELS == "torch":
         return Choice("torch", "RECOLLECT_KERNELS=torch")
+    if torch.compiler.is_compiling():
+        return Choice("torch", "torch.compile traces PyTorch's operations and cannot see into numba's")
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return Choice("torch", f"tensors on {tensor.device.type}: numba kernels run on a CPU")

@@ -38,8 +38,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     half = x.shape[-1] // 2
+    if torch.compiler.is_compiling():  # a compiler joins these itself, and cannot write into views
+        first, second = x.split(half, -1)
+        return torch.cat([first * cos - sign * second * sin, second * cos + sign * first * sin], -1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     (first, second), (out_first, out_second) = x.split(half, -1), out.split(half, -1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)

@@ -130,7 +130,8 @@ def _in_sets(
         elif find(patterns, Full):
             partial = tiled_attention.full(*rows, sets, scale)
         else:
-            partial = merge(tiled_attention.passes(*rows, sets, patterns, scale))
+            parts = tiled_attention.passes(*rows, sets, patterns, scale)  # pyright: ignore[reportCallIssue] its decorator
+            partial = merge(parts)
         y = partial.normalised().view(batch, heads, length, -1)
     y = y.to(v_BLHP.dtype).transpose(1, 2)
     if find(patterns, Full):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from recollect.ops.key_sets import KeySets
 
 
+@torch.compiler.disable  # how many tiles meet follows from the data
 def passes(
     q_RLN: Tensor, k_RSN: Tensor, v_RSP: Tensor, sets: KeySets, patterns: tuple[Pattern, ...], scale: float
 ) -> list[Partial]:

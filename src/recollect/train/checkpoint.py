@@ -50,49 +50,57 @@ def load(folder: Path, stem: str) -> Checkpoint:
 
     Raises RunError saying which file to delete when its size, digest or form is not what was written.
     """
-    facts_path, path = folder / f"{stem}.json", folder / f"{stem}.safetensors"
+    path = folder / f"{stem}.safetensors"
     try:
-        facts = json.loads(facts_path.read_text())
+        known = json.loads((folder / f"{stem}.json").read_text())
         data = path.read_bytes()
-        if len(data) != facts["bytes"]:
-            raise ValueError(f"it has {len(data)} bytes, not {facts['bytes']}")
-        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        if len(data) != known["bytes"]:
+            raise ValueError(f"it has {len(data)} bytes, not {known['bytes']}")
+        if hashlib.sha256(data).hexdigest() != known["sha256"]:
             raise ValueError("its contents do not match their digest")
-        return Checkpoint(load_tensors(data), facts)
+        return Checkpoint(load_tensors(data), known)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise RunError(f"checkpoint {path} is damaged ({error}); {_remedy(folder, stem)}") from None
 
 
+def facts(folder: Path, stem: str) -> dict[str, Any]:
+    """The facts beside a checkpoint's tensors. Raises RunError as ``load`` does when they cannot be read."""
+    try:
+        return dict(json.loads((folder / f"{stem}.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"checkpoint {folder / stem}.json is damaged ({error}); {_remedy(folder, stem)}") from None
+
+
 def _remedy(folder: Path, stem: str) -> str:
     earlier = [name for name in stems(folder) if name < stem]
-    if not stem.startswith("step-"):
-        return f"delete {folder / stem}.json and leave out --best"
+    if stem.startswith("best-"):
+        return f"delete {folder / stem}.json and do without it, or train again with another --out"
     step = f"the checkpoint of step {step_of(earlier[-1])}" if earlier else "the beginning"
     return f"delete {folder / stem}.json and run the same command again to resume from {step}"
 
 
-def stem_of(step: int) -> str:
-    """The name of the checkpoint after ``step`` steps."""
-    return f"step-{step:08d}"
+def stem_of(step: int, kind: str = "step") -> str:
+    """The name of the checkpoint after ``step`` steps; of kind "best" it is the weights of a best validation."""
+    return f"{kind}-{step:08d}"
 
 
 def step_of(stem: str) -> int:
     """The number of steps taken before the checkpoint of that name."""
-    return int(stem.removeprefix("step-"))
+    return int(stem.rpartition("-")[2])
 
 
-def stems(folder: Path) -> list[str]:
+def stems(folder: Path, kind: str = "step") -> list[str]:
     """Names of the checkpoints of a run, oldest first."""
-    return sorted(path.stem for path in folder.glob("step-*.json"))
+    return sorted(path.stem for path in folder.glob(f"{kind}-*.json"))
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int, kind: str = "step") -> None:
     """Delete all but the newest ``keep`` checkpoints, and what a killed process left without its JSON."""
-    kept = stems(folder)[-keep:]
-    for path in folder.glob("step-*.json"):
+    kept = stems(folder, kind)[-keep:]
+    for path in folder.glob(f"{kind}-*.json"):
         if path.stem not in kept:
             path.unlink(missing_ok=True)
-    for path in [*folder.glob("step-*.safetensors"), *folder.glob("*.partial")]:
+    for path in [*folder.glob(f"{kind}-*.safetensors"), *folder.glob("*.partial")]:
         if path.stem not in kept:
             path.unlink(missing_ok=True)
 

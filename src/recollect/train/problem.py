@@ -43,7 +43,8 @@ class Problem(ABC):
     def batch(self, step: int, streams: Streams, device: torch.device) -> Any:
         """The batch of 1-based ``step``, from ``streams.numpy("data", "train", step)`` or its torch twin.
 
-        Any tree of dataclasses, mappings, tuples and tensors. The same arguments give the same batch.
+        Any tree of dataclasses, mappings, tuples and tensors; whatever else is in it must pickle. The same arguments
+        give the same batch, in any process: the loop asks for it on the CPU, maybe in a worker, and moves it itself.
         """
 
     @abstractmethod
@@ -51,6 +52,13 @@ class Problem(ABC):
         self, model: nn.Module, batch: Any, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """A scalar to descend and the numbers to log. ``generator`` is this step's own, on the batch's device."""
+
+    def compiled(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that ``--compile`` compiles: their calls in ``loss`` are what takes the time.
+
+        The backbone of a model that has one: before and after it shapes follow from the data. Else the model.
+        """
+        return [getattr(model, "backbone", model)]
 
     @abstractmethod
     def evaluate(self, model: nn.Module, streams: Streams, *, final: bool) -> Evaluation:

@@ -42,7 +42,9 @@ class TrainConfig(Config, kind="train"):
     autocast: Literal["off", "bf16"] = "off"
     log_every: int = 50
     eval_every: int = 0
-    """Steps between evaluations while training; 0: only at the end."""
+    """Steps between validations while training, the last step always among them; 0: none, only the final test."""
+    select: Literal["last", "best"] = "last"
+    """Which weights are tested at the end: the last ones, or those of the best validation."""
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     time_limit_s: float | None = None
@@ -65,6 +67,12 @@ class TrainConfig(Config, kind="train"):
         if self.autocast not in ("off", "bf16"):
             raise ConfigError(
                 f"train.autocast must be 'off' (float32) or 'bf16', got {self.autocast!r}; float16 is not supported"
+            )
+        if self.select not in ("last", "best"):
+            raise ConfigError(f"train.select must be 'last' or 'best', got {self.select!r}")
+        if self.select == "best" and not self.eval_every:
+            raise ConfigError(
+                "train.select=best needs validations to choose from: give train.eval_every=N before it, N at least 1"
             )
         if self.time_limit_s is not None and not self.time_limit_s > 0:
             raise ConfigError(f"train.time_limit_s must be positive or null, got {self.time_limit_s}")
