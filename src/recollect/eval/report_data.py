@@ -83,15 +83,24 @@ class Run:
         return int(self.log[-1]["step"]) if self.log else 0
 
     def curve(self, name: str, axis: Axis, *, evaluation: bool = False) -> tuple[Floats, Floats]:
-        """(x, y) of a logged number, or of one under ``"eval"``; x is training steps or seconds of training so far."""
+        """(x, y) of a logged number, or of one under ``"eval"``; x is training steps or seconds of training so far.
+
+        Evaluations are those on validation data; the final test stands in for them where there was none.
+        """
         clock = self._clock if axis == "seconds" else [float(line["step"]) for line in self.log]
         points: list[tuple[float, float]] = []
         for x, line in zip(clock, self.log, strict=True):
+            if evaluation and self._validated and line.get("split") == "test":
+                continue
             value = (line.get("eval") or {}).get(name) if evaluation else line.get(name)
             if isinstance(value, (int, float)) and math.isfinite(value):
                 points.append((x, float(value)))
         xs, ys = zip(*points, strict=True) if points else ((), ())
         return np.array(xs, dtype=np.float64), np.array(ys, dtype=np.float64)
+
+    @property
+    def _validated(self) -> bool:
+        return any(line.get("split") == "valid" for line in self.log)
 
     @cached_property
     def _clock(self) -> list[float]:
