@@ -15,6 +15,9 @@ from recollect.train.run import FaceOff
 RECIPES: dict[str, str] = {
     "demo": "recollect.recipes.demo:demo",
     "demo-smoke": "recollect.recipes.demo:demo_smoke",
+    "recall-micro": "recollect.recipes.recall:recall_micro",
+    "recall-mini": "recollect.recipes.recall:recall_mini",
+    "recall-published": "recollect.recipes.recall:recall_published",
 }
 
 
