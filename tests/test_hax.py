@@ -15,7 +15,7 @@ from recollect.core.state import nbytes
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
 from recollect.layers.sparse import SparseAttention
-from recollect.ops.hashing import argmax_buckets, draw_planes, hash_buckets, hash_loss
+from recollect.ops.hashing import argmax_buckets, draw_planes, hash_buckets, hash_loss, plane_code, soft_code
 from recollect.ops.patterns import (
     Full,
     KeySelection,
@@ -27,9 +27,11 @@ from recollect.ops.patterns import (
 )
 from recollect.ops.selection import selection_divergence
 from recollect.ops.sparse_attention import Buckets, key_sets_reference, sparse_attention_reference
+from recollect.ops.teacher import attend_fully, teach
 from recollect.train.recall import RecallConfig
 
 RULES = ("sign", "argmax")
+HAX_PATTERNS = (Lsh(4, n_bits=2), KeySelection(4))
 
 
 def sparse(**options: Any) -> SparseAttention:
@@ -92,6 +94,14 @@ def matching_pairs(n: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.cat([torch.zeros_like(asking), asking], 1), torch.cat([asked, torch.zeros_like(asked)], 1)
 
 
+def plane_loss(
+    q: Tensor, k: Tensor, planes: Tensor, rule: Any, *, n: int, scale: float, reset: Tensor | None = None
+) -> Tensor:
+    """The hash loss of codes made by planes, for buckets of four keys."""
+    taught = teach(q, k, n=n, reset=reset, scale=scale)
+    return hash_loss(taught, 2 * plane_code(q, planes), 2 * plane_code(k, planes), rule, n_keys=4)
+
+
 def collisions(q: Tensor, k: Tensor, planes: Tensor, rule: Any) -> tuple[float, float]:
     """How often a query shares a bucket with its own key, and with any key."""
     half = q.shape[1] // 2
@@ -106,7 +116,7 @@ def test_the_hash_loss_prefers_planes_that_put_matching_pairs_together(rule: Any
     seeing, blind = planes.clone(), planes.clone()
     seeing[:, 6:] = 0
     blind[:, :6] = 0
-    losses = [hash_loss(q, k, p, rule, n=120, scale=4.0).item() for p in (seeing, planes, blind)]
+    losses = [plane_loss(q, k, p, rule, n=120, scale=4.0).item() for p in (seeing, planes, blind)]
     assert losses[0] < losses[1] < losses[2]
     assert losses[0] < losses[2] - 0.3
 
@@ -121,7 +131,7 @@ def test_learned_planes_bring_matching_pairs_together(rule: Any) -> None:
     optimizer = torch.optim.SGD([planes], lr=1.0, momentum=0.9)
     for step in range(200):
         optimizer.zero_grad()
-        hash_loss(*matching_pairs(seed=10 + 3 * step), planes, rule, n=120, scale=4.0).backward()
+        plane_loss(*matching_pairs(seed=10 + 3 * step), planes, rule, n=120, scale=4.0).backward()
         optimizer.step()
     after, by_chance = collisions(q, k, planes, rule)
     assert before < 0.3
@@ -137,7 +147,7 @@ def test_losses_do_not_look_across_resets(rule: Any) -> None:
     reset[:, 25] = True
 
     def hashed(part: slice, r: Tensor | None = None) -> Tensor:
-        return hash_loss(q[:, part], k[:, part], planes, rule, n=40, scale=1.0, reset=r)
+        return plane_loss(q[:, part], k[:, part], planes, rule, n=40, scale=1.0, reset=r)
 
     def selected(part: slice, r: Tensor | None = None) -> Tensor:
         return selection_divergence(q[:, part], k[:, part], score[:, part], n=40, scale=1.0, reset=r)
@@ -146,6 +156,80 @@ def test_losses_do_not_look_across_resets(rule: Any) -> None:
         apart = (25 * loss(slice(0, 25)) + 15 * loss(slice(25, 40))) / 40
         torch.testing.assert_close(loss(slice(0, 40), reset), apart)
         assert (loss(slice(0, 40)) - apart).abs() > 1e-3
+
+
+def test_the_hash_loss_weighs_a_query_by_how_far_it_is_from_indifference() -> None:
+    """A first key, which sees itself alone, and queries that want the average ask nothing of the hash."""
+    code = double(1, 30, 1, 1, 3).requires_grad_()
+    indifferent = teach(torch.zeros(1, 30, 1, 4).double(), double(1, 30, 1, 4), n=30, reset=None, scale=1.0)
+    assert hash_loss(indifferent, code, code, "sign", n_keys=2).abs() < 1e-12
+    alone = torch.ones(1, 30, dtype=torch.bool)
+    single = teach(double(1, 30, 1, 4), double(1, 30, 1, 4), n=30, reset=alone, scale=1.0)
+    assert hash_loss(single, code, code, "sign", n_keys=2) == 0
+    sharp = teach(9 * double(1, 30, 1, 4), double(1, 30, 1, 4), n=30, reset=None, scale=1.0)
+    assert hash_loss(sharp, code, code, "sign", n_keys=2) > 0.1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_soft_codes_forget_the_scale_but_not_the_threshold(rule: Any) -> None:
+    code = double(2, 50, 1, 2, 3) + 0.5
+    soft = soft_code(code, rule)
+    torch.testing.assert_close(soft_code(40 * code, rule), soft)
+    assert torch.equal(soft > 0, code > 0)
+    assert torch.equal(soft.argmax(-1), code.argmax(-1))
+    assert soft.std() == pytest.approx({"sign": 2.0, "argmax": 3.0}[rule], rel=0.15)
+    assert soft_code(torch.zeros(1, 5, 1, 1, 2), rule).isfinite().all()
+
+
+def test_a_hash_of_its_own_is_trained_by_its_loss_alone() -> None:
+    layer = sparse(patterns=HAX_PATTERNS, planes="projected", explore=5)
+    by_hash = gradients(layer, lambda out: out.aux["hash"])
+    assert {name for name, moved in by_hash.items() if moved} == {"to_hash"}
+    by_model = gradients(layer, lambda out: out.y.square().sum())
+    assert not by_model["to_hash"]
+    assert by_model["to_qk"]
+    x = double(2, 30, 8)
+    q_code, k_code = layer.double().to_hash(x).unflatten(-1, (2, 1, 1, 2)).unbind(2)
+    inputs = layer.eval().attention_inputs(x)
+    assert inputs.buckets is not None
+    for code, bucket in ((q_code, inputs.buckets.q), (k_code, inputs.buckets.k)):
+        bits = code[..., 0, 0, :] > 0
+        assert torch.equal(bits[..., 0] + 2 * bits[..., 1], bucket[..., 0, 0])
+
+
+# Exploring
+
+
+def test_explorers_read_everything_and_the_others_their_own_keys() -> None:
+    layer = sparse(patterns=(Window(3),), project=False, explore=6).double()
+    x, reset = double(2, 40, 8), torch.zeros(2, 40, dtype=torch.bool)
+    reset[1, 17] = True
+    own = layer.eval()(x, reset=reset).y
+    full = sparse(patterns=(Full(),), project=False).double().eval()
+    full.load_state_dict(layer.state_dict())
+    everything = full(x, reset=reset).y
+    torch.manual_seed(3)
+    explored = layer.train()(x, reset=reset).y
+    at = (explored != own).any(-1).any(0).nonzero()[:, 0]
+    assert 4 <= len(at) <= 6, "the first positions see no more than a window"
+    torch.testing.assert_close(explored[:, at], everything[:, at], rtol=0, atol=1e-12)
+    rest = [i for i in range(40) if i not in at.tolist()]
+    assert torch.equal(explored[:, rest], own[:, rest])
+    assert not torch.equal(layer(x, reset=reset).y, explored), "drawn anew"
+    layer.dense = True
+    torch.testing.assert_close(layer(x, reset=reset).y, everything, rtol=0, atol=1e-12)
+
+
+def test_explorers_teach_keys_that_no_set_admits() -> None:
+    """Through the loss of an explorer a key that its window leaves out gets a gradient; without one it gets none."""
+    for explore in (0, 40):
+        layer = sparse(patterns=(Window(2),), project=False, explore=explore).double().train()
+        x = double(1, 40, 8).requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(x).y[:, 30].sum(), x)
+        assert bool(gradient[:, :20].abs().amax()) == bool(explore)
+    taught = attend_fully(double(1, 9, 1, 4), double(1, 9, 1, 4, seed=1), torch.tensor([2, 8]), reset=None, scale=1.0)
+    torch.testing.assert_close(taught.attention_BHnL.sum(-1), torch.ones(1, 1, 2).double())
+    assert not taught.attention_BHnL[:, :, 0, 3:].any()
 
 
 # Key selection
@@ -224,9 +308,6 @@ def gradients(layer: SparseAttention, pick: Callable[[Any], Tensor]) -> dict[str
     found = torch.autograd.grad(pick(out), list(layer.parameters()), allow_unused=True)
     names = [name.split(".")[0] for name, _ in layer.named_parameters()]
     return {name: grad is not None and bool((grad != 0).any()) for name, grad in zip(names, found, strict=True)}
-
-
-HAX_PATTERNS = (Lsh(4, n_bits=2), KeySelection(4))
 
 
 @pytest.mark.parametrize("selection", ["ranking", "kl", "gate", "gate+ranking", "gate+kl"])

@@ -15,11 +15,12 @@ from recollect.core.layer import LayerOut, SequenceLayer
 from recollect.core.types import Aux
 from recollect.layers.sparse_options import SparseOptions
 from recollect.ops.attention_map import AttentionInputs
-from recollect.ops.hashing import draw_planes, hash_buckets, hash_loss
+from recollect.ops.hashing import draw_planes, hash_buckets, hash_loss, plane_code, read_buckets, soft_code
 from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, find
 from recollect.ops.scan import accumulator_dtype
 from recollect.ops.selection import selection_divergence, selection_loss
 from recollect.ops.sparse_attention import Buckets, Memory, init_memory, memory_bytes, sparse_attention
+from recollect.ops.teacher import attend_fully, teach
 
 
 class SparseAttention(SequenceLayer):
@@ -87,6 +88,14 @@ class SparseAttention(SequenceLayer):
                     planes="learned",
                     selection="gate+kl",
                 ),
+                "projected-exploring": cls(
+                    d_model=8,
+                    d_key=4,
+                    n_heads=2,
+                    patterns=(Lsh(4, n_bits=2, n_rounds=2), KeySelection(3)),
+                    planes="projected",
+                    explore=5,
+                ),
                 "gate-heads": cls(
                     d_model=8, d_key=3, n_heads=2, patterns=(KeySelection(4),), learn_scale=True, selection="gate"
                 ),
@@ -124,7 +133,9 @@ class SparseAttention(SequenceLayer):
         self.planes: Tensor
         self.plane_seed: Tensor
         self.plane_draws: Tensor
-        if self.lsh is not None:
+        if self.lsh is not None and config.planes == "projected":
+            self.to_hash = nn.Linear(config.d_model, 2 * heads * self.lsh.n_rounds * self.lsh.n_planes)
+        elif self.lsh is not None:
             planes = draw_planes(d_key, heads, self.lsh.n_rounds, self.lsh.n_planes)
             if config.planes == "learned":
                 self.planes = nn.Parameter(planes)
@@ -166,8 +177,7 @@ class SparseAttention(SequenceLayer):
         q, k, scale = self._queries_and_keys(x)
         buckets, score = None, None
         if self.lsh is not None:
-            planes = self.current_planes()
-            buckets = Buckets(*(hash_buckets(each, planes, self.lsh.rule) for each in (q, k)))
+            buckets, _ = self._hash(x, q, k)
         if self.key_selection is not None:
             score = self._score(k, F.normalize(running_sum(q, None, None)[0], dim=-1).to(k.dtype))
             if c.gated:
@@ -201,13 +211,12 @@ class SparseAttention(SequenceLayer):
         aux: Aux = {}
         q, k, scale = self._queries_and_keys(x)
         v = self.to_v(x).unflatten(-1, (c.n_heads, self.d_value))
+        explorers = self._explorers(x) if taught else None
         buckets = None
         if self.lsh is not None:
-            planes, rule = self.current_planes(), self.lsh.rule
-            buckets = Buckets(hash_buckets(q, planes, rule), hash_buckets(k, planes, rule))
-            if taught and c.planes == "learned":
-                n = self._samples(self.lsh.n_keys)
-                aux["hash"] = hash_loss(q, k, planes, rule, n=n, scale=scale, reset=reset)
+            buckets, codes = self._hash(x, q, k)
+            if taught and codes is not None:
+                aux["hash"] = self._hash_loss(q.detach(), k.detach(), codes, explorers, reset, scale)
         score, query_sum = None, x.new_zeros(x.shape[0], c.n_heads, 0, dtype=accumulator_dtype(x.dtype))
         if self.key_selection is not None:
             summed = q if c.gated else q.detach()
@@ -231,7 +240,49 @@ class SparseAttention(SequenceLayer):
             buckets=buckets,
             scale=scale,
         )
+        if explorers is not None and not self.dense:
+            attention = attend_fully(q, k, explorers, reset=reset, scale=scale).attention_BHnL
+            read = torch.einsum("bhns,bshp->bnhp", attention.to(v.dtype), v)
+            y = y.index_copy(1, explorers, read.to(y.dtype))
         return LayerOut(self.out(y.flatten(-2)), self.State(memory, query_sum), aux)
+
+    def _explorers(self, x: Tensor) -> Tensor | None:
+        """Positions (n,) of the queries that read everything this time, in order."""
+        if not self.config.explore:
+            return None
+        return torch.randperm(x.shape[1], device=x.device)[: self.config.explore].sort().values
+
+    def _hash(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Buckets, tuple[Tensor, Tensor] | None]:
+        """The buckets of queries and keys, and the projections that gave them where a loss is to train them."""
+        assert self.lsh is not None
+        c, rule = self.config, self.lsh.rule
+        if c.planes == "projected":
+            shape = (2, c.n_heads, self.lsh.n_rounds, self.lsh.n_planes)
+            q_code, k_code = self.to_hash(x.detach()).unflatten(-1, shape).unbind(2)
+            return Buckets(read_buckets(q_code, rule), read_buckets(k_code, rule)), (q_code, k_code)
+        planes = self.current_planes()
+        buckets = Buckets(hash_buckets(q, planes, rule), hash_buckets(k, planes, rule))
+        if c.planes != "learned":
+            return buckets, None
+        return buckets, (plane_code(q.detach(), planes), plane_code(k.detach(), planes))
+
+    def _hash_loss(
+        self,
+        q: Tensor,
+        k: Tensor,
+        codes: tuple[Tensor, Tensor],
+        explorers: Tensor | None,
+        reset: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        assert self.lsh is not None
+        if explorers is None:
+            taught = teach(q, k, n=self._samples(self.lsh.n_keys), reset=reset, scale=scale)
+        else:
+            taught = attend_fully(q, k, explorers, reset=reset, scale=scale)
+        rule = self.lsh.rule
+        q_code, k_code = (soft_code(code, rule) for code in codes)
+        return hash_loss(taught, q_code, k_code, rule, n_keys=self.lsh.n_keys // self.lsh.n_rounds)
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """q, k (B, L, H, N) and the factor on their products; a learned one is already in q."""

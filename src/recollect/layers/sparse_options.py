@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from recollect.core.errors import ConfigError, nearest
 from recollect.core.layer import LayerConfig
-from recollect.ops.patterns import KeySelection, Lsh, Pattern, check_patterns, find, with_self
+from recollect.ops.patterns import Full, KeySelection, Lsh, Pattern, check_patterns, find, with_self
 
-Planes = Literal["fixed", "redrawn", "learned"]
+Planes = Literal["fixed", "redrawn", "learned", "projected"]
 QueryKey = Literal["separate", "shared"]
 Normalise = Literal["l2"]
 Selection = Literal["ranking", "kl", "gate", "gate+ranking", "gate+kl"]
@@ -46,6 +46,9 @@ class SparseOptions(LayerConfig):
         training forward to the next was bucketed with the planes of its time, so its keys are then found by chance
         only; recomputing a forward in backward (activation checkpointing) would draw again and must not be combined.
         "learned": parameters, trained by ``ops.hashing.hash_loss`` (``aux["hash"]``, O(n L (N + bits)) in training).
+        "projected": trained likewise, but queries and keys are hashed by two linear maps of the layer's own input, with
+        an offset, instead of by planes through the origin of what attention compares: directions that all keys share
+        no longer decide the bucket. Nothing but that loss reaches the maps, and it reaches nothing else.
     ``selection``
         What trains the scores of ``KeySelection``. "ranking": the published pairwise loss, with reference
         ``selection_target`` "mean" or, as published, "sum". "kl": towards each key's share of softmax attention, as
@@ -56,6 +59,11 @@ class SparseOptions(LayerConfig):
         one question and exclude each other. The selection itself is always the hard top n_keys.
     ``samples``
         Positions n per sequence that these losses look at; None is max(32, 2 n_keys) of the pattern they train.
+    ``explore``
+        Queries per sequence, drawn anew at every training forward, that read every key of the call and not their own
+        set alone; evaluation has none. Keys that are seldom read otherwise keep logits that mean nothing, and what the
+        hash is taught drifts from what attention would want (``docs/log.md``). They are then the hash's teachers too.
+        Costs O(n L (N + P)) in training.
 
     An option of a pattern that is absent must stay at its default.
     """
@@ -73,6 +81,7 @@ class SparseOptions(LayerConfig):
     planes: Planes = "fixed"
     selection: Selection = "ranking"
     samples: int | None = None
+    explore: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +91,8 @@ class SparseOptions(LayerConfig):
                 raise ConfigError(f"{self.kind}: {name} must be at least 1, got {getattr(self, name)}")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"{self.kind}: samples must be at least 1 or null, got {self.samples}")
+        if self.explore < 0:
+            raise ConfigError(f"{self.kind}: explore must not be negative, got {self.explore}")
         for name in ("init_std", "scale"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -104,6 +115,8 @@ class SparseOptions(LayerConfig):
             raise ConfigError(
                 f"{self.kind}: planes={self.planes} needs Lsh among the patterns; add it or leave planes out"
             )
+        if self.explore and find(self.patterns, Full):
+            raise ConfigError(f"{self.kind}: explore={self.explore} changes nothing where Full is among the patterns")
         if find(self.patterns, KeySelection) is None:
             for name, default in (("selection", "ranking"), ("selection_target", "mean")):
                 if getattr(self, name) != default:

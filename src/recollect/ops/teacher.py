@@ -1,8 +1,7 @@
 """What sparse attention learns from: full causal attention of a sample of queries.
 
 Choosing keys has no gradient, so hash planes and key scores are trained towards the attention that would be paid if
-every key could be read. A sample of n queries per sequence costs O(n L N) instead of O(L^2 N), and nothing here is
-differentiated.
+every key could be read. A sample of n queries per sequence costs O(n L N) instead of O(L^2 N).
 """
 
 from __future__ import annotations
@@ -37,17 +36,24 @@ def ranked_positions(length: int, n: int, device: torch.device) -> Tensor:
     return spread.argsort()[:n].sort().values
 
 
-@torch.no_grad()
-def teach(q_BLHN: Tensor, k_BLHN: Tensor, *, n: int, reset: Tensor | None, scale: float) -> Taught:
-    """softmax_j(q_i . k_j * scale) over the keys j <= i of the segment, for ``n`` queries i. Cost O(B H n L N)."""
+def attend_fully(q_BLHN: Tensor, k_BLHN: Tensor, at: Tensor, *, reset: Tensor | None, scale: float) -> Taught:
+    """softmax_j(q_i . k_j * scale) over the keys j <= i of the segment, for the queries i of ``at`` (n,).
+
+    Differentiable in q and k. Cost O(B H n L N), memory O(B H n L).
+    """
     batch, length = q_BLHN.shape[:2]
-    at = ranked_positions(length, n, q_BLHN.device)
     seen = (torch.arange(length, device=at.device) <= at[:, None]).expand(batch, -1, -1)
     if reset is not None:
         segment = reset.cumsum(1)
         seen = seen & (segment[:, at, None] == segment[:, None, :])
     dtype = accumulator_dtype(q_BLHN.dtype)
     with torch.autocast(q_BLHN.device.type, enabled=False):
-        logits = torch.einsum("blhn,bshn->bhls", q_BLHN[:, at].to(dtype), k_BLHN.to(dtype)).mul_(scale)
-    attention = logits.masked_fill_(~seen[:, None], -torch.inf).softmax(-1)
+        logits = torch.einsum("blhn,bshn->bhls", q_BLHN[:, at].to(dtype), k_BLHN.to(dtype)) * scale
+    attention = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return Taught(at, attention, seen)
+
+
+@torch.no_grad()
+def teach(q_BLHN: Tensor, k_BLHN: Tensor, *, n: int, reset: Tensor | None, scale: float) -> Taught:
+    """``attend_fully`` for ``n`` queries spread over the sequence, as a target: without gradients."""
+    return attend_fully(q_BLHN, k_BLHN, ranked_positions(q_BLHN.shape[1], n, q_BLHN.device), reset=reset, scale=scale)
