@@ -77,7 +77,12 @@ def test_the_published_preset_has_the_papers_numbers() -> None:
 
 def test_the_recommended_preset_follows_its_mixer_and_its_use() -> None:
     config = HAX.Config.recommended(64, S5.Config(64), gate_init=0.1)
-    assert (config.arrangement, config.gate_init, config.selection, config.planes) == ("parallel", 0.1, "gate", "fixed")
+    assert (config.arrangement, config.gate_init, config.selection, config.planes) == (
+        "parallel",
+        0.1,
+        "ranking",
+        "projected",
+    )
     assert key_budget(config.union) == 32
     assert HAX.Config.recommended(64, Attention.Config(64)).arrangement == "sequence"
 

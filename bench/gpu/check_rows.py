@@ -1,9 +1,10 @@
-"""Does every row of a recipe give the same loss and gradients on a device as on the CPU? Before anything is trained there.
+"""Does every row of a recipe give the same loss and gradients on a device as on the CPU?
 
     python bench/gpu/check_rows.py recall-published --device cuda --out check.json
 
-A training batch of each row's first step, in float32: the relative difference of the loss, and of all gradients together
-(norm of the difference over norm), against the CPU's compiled kernels. Exits with 1 when one exceeds the tolerance.
+A training batch of each row's first step, in float32: the relative difference of the loss, and of all gradients
+together (norm of the difference over norm), against the CPU's compiled kernels. Exits with 1 when one exceeds the
+tolerance.
 """
 
 from __future__ import annotations

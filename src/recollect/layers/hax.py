@@ -116,21 +116,22 @@ class HAX(SequenceLayer):
         def recommended(cls, d_model: int, mixer: LayerConfig | None = None, *, gate_init: float = 1.0) -> Self:
             """What has worked best here on small tasks (``docs/log.md``); joined in parallel wherever the mixer allows.
 
-            Keys of 8, as in many dimensions a query and its key rarely share a bucket early on; 4 buckets of the 16
-            most recent keys and 16 selected ones; planes fixed, so that training and decoding hash alike; the selection
-            trained by the model's own loss through the gate, which on joint recall beat both other losses (two seeds).
-            Inside a world model set ``gate_init=0.1``: at 1 the branch first adds an average over keys that mean
-            nothing yet, and the reward was missed. ``mixer`` None is Mamba-2.
+            16 buckets of the 16 most recent keys and 16 selected ones; the hash has maps of its own, taught by 64
+            queries per training sequence that read everything. On joint recall of tables up to 8 x 8 this took HAX from
+            72 to 99 %, beside 100 % for full attention (one seed). Inside a world model set ``gate_init=0.1``: at 1 the
+            branch first adds an average over keys that mean nothing yet, and the reward was missed. ``mixer`` None is
+            Mamba-2.
             """
             mixer = Mamba2.Config(d_model) if mixer is None else mixer
             return cls(
                 d_model,
                 mixer=mixer,
                 arrangement=_arrangement(mixer),
-                patterns=(Lsh(16, n_bits=2), KeySelection(16)),
-                d_key=8,
+                patterns=(Lsh(16, n_bits=4), KeySelection(16)),
+                d_key=16,
                 gate_init=gate_init,
-                selection="gate",
+                planes="projected",
+                explore=64,
             )
 
         @classmethod

@@ -1,8 +1,8 @@
-"""The recall lab: which memory binds a key to its context? Joint recall at three scales, the same rows at each.
+r"""The recall lab: which memory binds a key to its context? Joint recall at three scales, the same rows at each.
 
-``recall-micro``: six rows on small tables, minutes on two CPU cores. ``recall-mini``: every row on tables of up to 8 x 8
-with small states and budgets, at which a CPU tells them apart. ``recall-published``: the paper's grid, widths and budget
-(arXiv 2507.00449, table 1), for a GPU.
+``recall-micro``: six rows on small tables, minutes on two CPU cores. ``recall-mini``: every row on tables of up to
+8 x 8 with small states and budgets, at which a CPU tells them apart. ``recall-published``: the paper's grid, widths and
+budget (arXiv 2507.00449, table 1), for a GPU.
 
 Within a recipe all rows share task, depth, training and budget of keys, and all but ``-2x`` the width; what differs is
 the layer. A row is a mixer and, after ``+``, what its attention branch may read:
@@ -25,7 +25,7 @@ Where the set is learned (``+lsh``, ``+ks``, ``+hax``) some queries of every tra
 loss for key selection. The published protocol trains each row at three rates, takes the best on validation, and has
 neither a curriculum nor a cosine::
 
-    recollect faceoff recall-published --lrs 3e-3 1e-3 3e-4 --seeds 0 1 2 \\
+    recollect faceoff recall-published --lrs 3e-3 1e-3 3e-4 --seeds 0 1 2 \
         train.steps=400000 train.schedule=constant problem.curriculum=[]
 """
 
@@ -56,8 +56,9 @@ MICRO_ROWS = ("mamba2", "mamba2+window", "mamba2+lsh", "mamba2+ks", "mamba2+hax"
 class Scale:
     """What the rows of one recipe share: sizes of models, budget, and training."""
 
-    d_state: int
-    """Of Mamba and Mamba-2; the delta rule's keys are as wide as make its state as large."""
+    mamba_state: int
+    mamba2_state: int
+    """``d_state``; the delta rule's keys are as wide, which makes its state as large."""
     n_keys: int
     n_bits: int
     """Of the hash: about as many buckets as leave a few cells of the largest table in each."""
@@ -92,20 +93,19 @@ class Scale:
         return replace(layer, explore=self.explore) if branch in ("lsh", "ks", "hax") else layer
 
     def published(self, mixer: LayerConfig) -> HAX.Config:
-        """The paper's HAX, at this scale's budget, hash bits and key width."""
-        layer = HAX.Config.published(self.d_model, mixer, self.n_keys)
-        return replace(layer, patterns=self.patterns("hax"), d_key=self.d_key, init_std=self.init_std)
+        """The paper's HAX, at this scale's budget and number of buckets."""
+        return replace(HAX.Config.published(self.d_model, mixer, self.n_keys), patterns=self.patterns("hax"))
 
     def mamba(self, d_model: int | None = None) -> Mamba.Config:
-        return Mamba.Config(d_model or self.d_model, d_state=self.d_state, init_std=self.init_std)
+        return Mamba.Config(d_model or self.d_model, d_state=self.mamba_state, init_std=self.init_std)
 
     def mamba2(self, d_model: int | None = None) -> Mamba2.Config:
         width = d_model or self.d_model
-        return Mamba2.Config(width, d_state=self.d_state, d_head=width // 4, init_std=self.init_std)
+        return Mamba2.Config(width, d_state=self.mamba2_state, d_head=width // 4, init_std=self.init_std)
 
     def delta(self) -> GatedDeltaNet.Config:
         """Four heads of values 32 wide: as many floats of state as Mamba-2's."""
-        return GatedDeltaNet.Config(self.d_model, n_heads=4, d_head=self.d_state, d_value=self.d_model // 2)
+        return GatedDeltaNet.Config(self.d_model, n_heads=4, d_head=self.mamba2_state, d_value=self.d_model // 2)
 
     def backbones(self) -> dict[str, tuple[LayerConfig, ...]]:
         """Every row of the lab."""
@@ -143,10 +143,11 @@ def small(largest: int, steps: int) -> Scale:
     task = replace(JointRecall.Config.mini(), n_contexts=(2, largest), n_keys=(2, largest))
     stages = (Stage(until_step=2 * steps // 3, sizes=((2, 3), (2, 3)), ramp=True),)
     return Scale(
-        d_state=4,
+        mamba_state=4,
+        mamba2_state=4,
         n_keys=32,
         n_bits=4,
-        d_key=8,
+        d_key=16,
         explore=64,
         problem=RecallConfig(
             task,
@@ -158,7 +159,13 @@ def small(largest: int, steps: int) -> Scale:
             test_samples=64,
         ),
         train=TrainConfig(
-            steps=steps, lr=4e-3, warmup_steps=50, log_every=25, eval_every=steps // 6, checkpoint_every=250, select="best"
+            steps=steps,
+            lr=4e-3,
+            warmup_steps=50,
+            log_every=25,
+            eval_every=steps // 6,
+            checkpoint_every=250,
+            select="best",
         ),
     )
 
@@ -179,10 +186,11 @@ def recall_published() -> FaceOff:
     """Every row at the paper's sizes: 5..16 x 5..16, width 64, k = 64; a GPU's work."""
     steps = 40_000
     scale = Scale(
-        d_state=32,
+        mamba_state=16,
+        mamba2_state=32,
         n_keys=64,
         n_bits=6,
-        d_key=32,
+        d_key=16,
         explore=64,
         problem=RecallConfig(
             replace(JointRecall.Config.published(), vocab_size=100),
