@@ -23,7 +23,7 @@ import torch
 
 from recollect.core.files import write_atomically
 from recollect.eval.counting import accuracy_bound, table_bits
-from recollect.eval.report_figures import MARKERS, PRINT, require_matplotlib, settings
+from recollect.eval.report.figures import MARKERS, PRINT, require_matplotlib, settings
 from recollect.models.constructed import ConstructedRecall
 from recollect.tasks import JointRecall
 from recollect.tasks.batch import accuracy

@@ -17,13 +17,13 @@ import torch
 from recollect.cli import main
 from recollect.core.errors import ConfigError, RecollectError
 from recollect.core.layer import LayerOut, SequenceLayer
-from recollect.eval import bench_cases
-from recollect.eval.bench_attention import KINDS, crossover, summary
-from recollect.eval.bench_cases import Case, Record, forecast, run_cases
-from recollect.eval.bench_figures import spread
-from recollect.eval.bench_layers import error_of, ratios
-from recollect.eval.bench_peers import BEST, PEERS
-from recollect.eval.bench_rows import VARIANTS, config_of, refusal, row_names, sizes
+from recollect.eval.bench import cases as bench_cases
+from recollect.eval.bench.attention import KINDS, crossover, summary
+from recollect.eval.bench.cases import Case, Record, forecast, run_cases
+from recollect.eval.bench.figures import spread
+from recollect.eval.bench.layers import error_of, ratios
+from recollect.eval.bench.peers import BEST, PEERS
+from recollect.eval.bench.rows import VARIANTS, config_of, refusal, row_names, sizes
 from recollect.layers import LAYERS
 
 CPU = torch.device("cpu")
@@ -285,7 +285,7 @@ def test_a_case_that_fails_leaves_the_others_and_is_tried_again(
 def test_a_missing_package_is_one_line_and_a_reason_in_every_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from recollect.eval import bench_peers
+    from recollect.eval.bench import peers as bench_peers
 
     monkeypatch.setattr(bench_peers, "find_spec", lambda _: None)
     monkeypatch.setattr(bench_cases, "Worker", lambda: Scripted({8: row_of_layers(), 16: row_of_layers()}))

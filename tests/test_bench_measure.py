@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recollect.eval import bench_measure
-from recollect.eval.bench_measure import median_time, peak_of
-from recollect.eval.bench_process import Worker
+from recollect.eval.bench import measure as bench_measure
+from recollect.eval.bench.measure import median_time, peak_of
+from recollect.eval.bench.process import Worker
 
 CPU = torch.device("cpu")
 

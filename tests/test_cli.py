@@ -201,7 +201,7 @@ def test_faceoff_ends_in_a_report(
 
     monkeypatch.setattr("recollect.eval.report.write_report", write_report)
     monkeypatch.setattr("recollect.eval.report.terminal_table", lambda _directory: "a table")
-    monkeypatch.setattr("recollect.eval.report_rates.undecided", lambda _directory: [])
+    monkeypatch.setattr("recollect.eval.report.rates.undecided", lambda _directory: [])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     code = main(["faceoff", "toy_problem:finished_faceoff", "--out", str(tmp_path), "train.steps=3"])
     captured = capsys.readouterr()

@@ -13,13 +13,13 @@ from fragile_problem import fragile_run, sound
 from recollect.cli import main
 from recollect.core.config import from_dict, to_dict
 from recollect.core.errors import ConfigError, RunError
-from recollect.eval.report import markdown_tables, result_rows, write_report
-from recollect.eval.report_data import FaceOff as Read
-from recollect.eval.report_data import Row
-from recollect.eval.report_publish import publish
-from recollect.eval.report_rates import rate_tables, undecided
-from recollect.eval.report_read import load_faceoff
-from recollect.eval.report_selection import validation_score
+from recollect.eval.report.data import FaceOff as Read
+from recollect.eval.report.data import Row
+from recollect.eval.report.publish import publish
+from recollect.eval.report.rates import rate_tables, undecided
+from recollect.eval.report.read import load_faceoff
+from recollect.eval.report.selection import validation_score
+from recollect.eval.report.write import markdown_tables, result_rows, write_report
 from recollect.train.run import FaceOff
 from recollect.train.sweep import prepare, run_faceoff
 

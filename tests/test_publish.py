@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from recollect.core.errors import RunError
-from recollect.eval.report import answer_of
-from recollect.eval.report_publish import publish
+from recollect.eval.report.publish import publish
+from recollect.eval.report.write import answer_of
 from recollect.recipes import load_recipe
 from recollect.train.sweep import run_faceoff
 

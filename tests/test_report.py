@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from recollect.core.errors import RecollectError, RunError
-from recollect.eval import report_figures
-from recollect.eval.report import markdown_tables, result_rows, terminal_table, write_report
-from recollect.eval.report_data import binned, mean_of_curves
-from recollect.eval.report_read import load_faceoff
-from recollect.eval.report_text import answer, human_bytes, human_seconds, sentences
+from recollect.eval.report import figures as report_figures
+from recollect.eval.report.data import binned, mean_of_curves
+from recollect.eval.report.read import load_faceoff
+from recollect.eval.report.text import answer, human_bytes, human_seconds, sentences
+from recollect.eval.report.write import markdown_tables, result_rows, terminal_table, write_report
 
 RECALL = {"mamba2+hax": (0.96, 0.98), "gru<b>": (0.22, 0.26), "mamba2": (0.60, 0.70), "s4": (0.40, 0.44)}
 IMAGINED = {"mamba2+hax": (0.90, 0.94), "gru<b>": (0.49, 0.53), "mamba2": (0.60, 0.64)}

@@ -13,16 +13,16 @@ import pytest
 
 from many_rows import ROWS, write_many_rows
 from recollect.core.errors import RunError
-from recollect.eval.published import published_for, published_note
-from recollect.eval.report import markdown_tables, terminal_table, write_report
-from recollect.eval.report_attended import best_layer, draw_attended, draw_needed_bars, load_attended
-from recollect.eval.report_data import FaceOff
-from recollect.eval.report_figures import PRINT, draw_accuracy_bars, draw_curves, draw_gap_bars, name_ends
-from recollect.eval.report_maps import differences, draw_difference, draw_table_heat, draw_whole_by_size, whole_by_size
-from recollect.eval.report_read import load_faceoff
-from recollect.eval.report_rows import OTHERS, Panel, added_to, legend, look, mixer_of, panels
-from recollect.eval.report_scatter import box_of, draw_price_scatter, places
-from recollect.eval.report_text import sentences, steps_to
+from recollect.eval.report.attended import best_layer, draw_attended, draw_needed_bars, load_attended
+from recollect.eval.report.data import FaceOff
+from recollect.eval.report.figures import PRINT, draw_accuracy_bars, draw_curves, draw_gap_bars, name_ends
+from recollect.eval.report.maps import differences, draw_difference, draw_table_heat, draw_whole_by_size, whole_by_size
+from recollect.eval.report.published import published_for, published_note
+from recollect.eval.report.read import load_faceoff
+from recollect.eval.report.rows import OTHERS, Panel, added_to, legend, look, mixer_of, panels
+from recollect.eval.report.scatter import box_of, draw_price_scatter, places
+from recollect.eval.report.text import sentences, steps_to
+from recollect.eval.report.write import markdown_tables, terminal_table, write_report
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

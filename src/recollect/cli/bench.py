@@ -10,8 +10,8 @@ from rich.console import Console
 from recollect.cli import arguments
 from recollect.core.errors import RecollectError
 from recollect.core.files import write_atomically
-from recollect.eval.bench_cases import Record
-from recollect.eval.bench_rows import row_names
+from recollect.eval.bench.cases import Record
+from recollect.eval.bench.rows import row_names
 
 NARROWEST = 150
 """Columns that the tables get where the output is no terminal."""
@@ -21,8 +21,8 @@ def bench(command: arguments.Measurement) -> int:
     """Carry out one of the benches. Returns 1 when a case failed, which its row in the table explains."""
     match command:
         case arguments.BenchLayers():
-            from recollect.eval.bench_layers import bench_layers, tables
-            from recollect.eval.bench_peers import peers_of
+            from recollect.eval.bench.layers import bench_layers, tables
+            from recollect.eval.bench.peers import peers_of
 
             record = bench_layers(
                 command.layers,
@@ -42,7 +42,7 @@ def bench(command: arguments.Measurement) -> int:
             beside = list(peers_of(names)) if command.peers else []
             shown = tables(record, [*names, *beside])
         case arguments.BenchAttention():
-            from recollect.eval.bench_attention import bench_attention, tables
+            from recollect.eval.bench.attention import bench_attention, tables
 
             record = bench_attention(
                 lengths=command.lengths,
@@ -60,7 +60,7 @@ def bench(command: arguments.Measurement) -> int:
             )
             shown = tables(record)
         case arguments.BenchDecode():
-            from recollect.eval.bench_decode import bench_decode, tables
+            from recollect.eval.bench.decode import bench_decode, tables
 
             record = bench_decode(
                 command.layers,
@@ -86,7 +86,7 @@ def bench(command: arguments.Measurement) -> int:
 
 
 def _draw(record: Record) -> None:
-    from recollect.eval.bench_figures import draw
+    from recollect.eval.bench.figures import draw
 
     path: Path = record.path.with_suffix(".png")
     try:

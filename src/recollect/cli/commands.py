@@ -142,15 +142,15 @@ def _faceoff(command: arguments.FaceOff) -> int:
 
 
 def _report(directory: Path, project: Path | None = None) -> int:
-    from recollect.eval.report import terminal_table, write_report
-    from recollect.eval.report_rates import undecided
+    from recollect.eval.report.rates import undecided
+    from recollect.eval.report.write import terminal_table, write_report
 
     Console().print(terminal_table(directory))
     for line in undecided(directory):
         print(line)
     print(f"report: {write_report(directory)}")
     if project is not None:
-        from recollect.eval.report_publish import publish
+        from recollect.eval.report.publish import publish
 
         for path in publish(directory, project):
             print(f"published: {path}")

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recollect.eval.report_data import FaceOff, Row, Stat, Trial
-from recollect.eval.report_read import load_faceoff
-from recollect.eval.report_text import ABSENT, Cell, Table, TableRow, number
+from recollect.eval.report.data import FaceOff, Row, Stat, Trial
+from recollect.eval.report.read import load_faceoff
+from recollect.eval.report.text import ABSENT, Cell, Table, TableRow, number
 
 TITLES = {"recall": "Learning rates tried: words", "world": "Learning rates tried: worlds"}
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from recollect.eval.published import published_for
-from recollect.eval.report_attended import (
+from recollect.eval.report.attended import (
     AttendedLayer,
     attending_layers,
     best_layer,
@@ -16,9 +15,9 @@ from recollect.eval.report_attended import (
     pattern_colour,
     share,
 )
-from recollect.eval.report_data import FaceOff, Row
-from recollect.eval.report_figures import bar_height, draw_accuracy_bars, draw_gap_bars
-from recollect.eval.report_maps import (
+from recollect.eval.report.data import FaceOff, Row
+from recollect.eval.report.figures import bar_height, draw_accuracy_bars, draw_gap_bars
+from recollect.eval.report.maps import (
     differences,
     draw_difference,
     draw_table_heat,
@@ -26,10 +25,11 @@ from recollect.eval.report_maps import (
     map_size,
     whole_by_size,
 )
-from recollect.eval.report_plates import WIDE, Figure, Plate, curve_plates, figure, scores, titled, whiskers
-from recollect.eval.report_rows import Panel, crowded, look, panels
-from recollect.eval.report_scatter import draw_price_scatter
-from recollect.eval.report_text import guesser_phrase, percent
+from recollect.eval.report.plates import WIDE, Figure, Plate, curve_plates, figure, scores, titled, whiskers
+from recollect.eval.report.published import published_for
+from recollect.eval.report.rows import Panel, crowded, look, panels
+from recollect.eval.report.scatter import draw_price_scatter
+from recollect.eval.report.text import guesser_phrase, percent
 
 NEEDED = "Is the needed key among those read?"
 

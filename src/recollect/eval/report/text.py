@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from recollect.eval.published import published_for, published_note
-from recollect.eval.report_data import LOWER_IS_BETTER, METRICS, FaceOff, Row, Stat
+from recollect.eval.report.data import LOWER_IS_BETTER, METRICS, FaceOff, Row, Stat
+from recollect.eval.report.published import published_for, published_note
 
 ABSENT = "-"
 

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.core.errors import RunError
-from recollect.eval.published import published_for
-from recollect.eval.report_data import FaceOff, Run
-from recollect.eval.report_figures import PRINT, draw_accuracy_bars, draw_reward_bars, require_matplotlib, settings
-from recollect.eval.report_rows import Panel, panels
-from recollect.eval.report_text import task_name
+from recollect.eval.report.data import FaceOff, Run
+from recollect.eval.report.figures import PRINT, draw_accuracy_bars, draw_reward_bars, require_matplotlib, settings
+from recollect.eval.report.published import published_for
+from recollect.eval.report.rows import Panel, panels
+from recollect.eval.report.text import task_name
 
 Frames = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.float64]

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recollect.core.errors import ConfigError
-from recollect.eval.bench_cases import Case, Record, Row, note, run_cases
-from recollect.eval.bench_measure import median_time, peak_of
-from recollect.eval.bench_rows import sizes
+from recollect.eval.bench.cases import Case, Record, Row, note, run_cases
+from recollect.eval.bench.measure import median_time, peak_of
+from recollect.eval.bench.rows import sizes
 from recollect.ops.hashing import draw_planes, sign_buckets
 from recollect.ops.patterns import KeySelection, Lsh, Pattern, Window, find
 from recollect.ops.sparse_attention import Buckets, sparse_attention
@@ -81,7 +81,7 @@ def bench_attention(
     common: dict[str, Any] = {"heads": heads, "d_head": d_head, "batch": batch, "threads": threads, "device": str(on)}
     common["seconds"] = seconds
     rows = [*KINDS, *([FULL] if peers else [])]
-    call = "recollect.eval.bench_attention:measure"
+    call = "recollect.eval.bench.attention:measure"
     return run_cases(
         "attention",
         [Case(row, length, call, {"row": row, "length": length, **common}) for row in rows for length in at],

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from recollect.core.errors import ConfigError
 from recollect.core.state import nbytes
-from recollect.eval.bench_cases import Case, Record, Row, note, run_cases
-from recollect.eval.bench_measure import peak_of, taking_turns
-from recollect.eval.bench_rows import build, config_of, refusal, row_names, sizes
+from recollect.eval.bench.cases import Case, Record, Row, note, run_cases
+from recollect.eval.bench.measure import peak_of, taking_turns
+from recollect.eval.bench.rows import build, config_of, refusal, row_names, sizes
 from recollect.train.runtime import resolve_device
 
 PIECE = 2048
@@ -50,7 +50,7 @@ def bench_decode(
         raise ConfigError("bench: d_model and threads must be at least 1")
     on = resolve_device(device)
     common = {"d_model": d_model, "threads": threads, "device": str(on), "seconds": seconds}
-    call = "recollect.eval.bench_decode:measure"
+    call = "recollect.eval.bench.decode:measure"
     return run_cases(
         "decode",
         [

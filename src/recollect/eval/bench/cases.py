@@ -25,8 +25,8 @@ import recollect
 from recollect.core.config import differences
 from recollect.core.errors import RecollectError
 from recollect.core.files import locked, write_atomically
-from recollect.eval.bench_measure import LONG_S, MIN_REPEATS, available_bytes
-from recollect.eval.bench_process import Worker
+from recollect.eval.bench.measure import LONG_S, MIN_REPEATS, available_bytes
+from recollect.eval.bench.process import Worker
 from recollect.train.runtime import ALLOCATOR_ENV, allocator_env, environment, git_state, package_version
 
 SCHEMA = 1
@@ -256,7 +256,7 @@ def code_digest() -> str:
     """Twelve digits of the source that decides what is measured: the layers, what they stand on, and the cases."""
     root = Path(recollect.__file__).parent
     paths = [path for room in MEASURED_ROOMS for path in (root / room).rglob("*.py")]
-    paths += [root / "eval" / f"bench_{name}.py" for name in MEASURING_FILES]
+    paths += [root / "eval" / "bench" / f"{name}.py" for name in MEASURING_FILES]
     text = b"".join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in sorted(paths))
     return hashlib.sha256(text).hexdigest()[:12]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recollect.eval.report_data import FaceOff, Floats, Row, mean_of_curves, mean_table
-from recollect.eval.report_figures import End, Palette, name_ends
-from recollect.eval.report_rows import OTHERS, PLAIN, Panel, added_to, look, mixer_of
+from recollect.eval.report.data import FaceOff, Floats, Row, mean_of_curves, mean_table
+from recollect.eval.report.figures import End, Palette, name_ends
+from recollect.eval.report.rows import OTHERS, PLAIN, Panel, added_to, look, mixer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

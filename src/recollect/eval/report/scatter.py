@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from recollect.eval.report_data import FaceOff
-from recollect.eval.report_figures import Palette
-from recollect.eval.report_rows import crowded, look
-from recollect.eval.report_text import human_bytes, human_count
+from recollect.eval.report.data import FaceOff
+from recollect.eval.report.figures import Palette
+from recollect.eval.report.rows import crowded, look
+from recollect.eval.report.text import human_bytes, human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

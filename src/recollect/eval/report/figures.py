@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from recollect.core.errors import RecollectError
-from recollect.eval.report_data import Axis, FaceOff, Row, binned, mean_of_curves
-from recollect.eval.report_rows import OTHERS, Panel, look
+from recollect.eval.report.data import Axis, FaceOff, Row, binned, mean_of_curves
+from recollect.eval.report.rows import OTHERS, Panel, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

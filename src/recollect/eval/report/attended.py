@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.core.errors import RunError
-from recollect.eval.report_data import FaceOff, Floats, Row
-from recollect.eval.report_figures import Palette, name_bars
-from recollect.eval.report_rows import ADDITIONS, Panel
+from recollect.eval.report.data import FaceOff, Floats, Row
+from recollect.eval.report.figures import Palette, name_bars
+from recollect.eval.report.rows import ADDITIONS, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from recollect.core.errors import ConfigError
 from recollect.core.layer import SequenceLayer
 from recollect.core.state import nbytes
-from recollect.eval.bench_cases import Case, Record, Row, note, run_cases
-from recollect.eval.bench_measure import median_time, peak_of
-from recollect.eval.bench_peers import PEERS, Peer, peers_of
-from recollect.eval.bench_rows import build, refusal, row_names, sizes
+from recollect.eval.bench.cases import Case, Record, Row, note, run_cases
+from recollect.eval.bench.measure import median_time, peak_of
+from recollect.eval.bench.peers import PEERS, Peer, peers_of
+from recollect.eval.bench.rows import build, refusal, row_names, sizes
 from recollect.train.runtime import resolve_device
 
 CHECKED = 256
@@ -91,7 +91,7 @@ def _case(name: str, length: int, common: Mapping[str, Any], peer: Peer | None) 
     return Case(
         name,
         length,
-        "recollect.eval.bench_layers:measure",
+        "recollect.eval.bench.layers:measure",
         {"row": name, "length": length, **common},
         preload=peer.modules if peer and not peer.refusal else (),
         refusal=refusal(name, common["d_model"]) if peer is None else peer.refusal,

@@ -27,8 +27,7 @@ from rich.text import Text
 
 from recollect.core.errors import RecollectError
 from recollect.core.files import write_atomically
-from recollect.eval.published import published_for
-from recollect.eval.report_data import (
+from recollect.eval.report.data import (
     METRICS,
     FaceOff,
     Row,
@@ -37,11 +36,12 @@ from recollect.eval.report_data import (
     plain,
     rows_of,
 )
-from recollect.eval.report_page import chapters, provenance, reels
-from recollect.eval.report_rates import rate_data, rate_tables
-from recollect.eval.report_read import load_faceoff, result_rows
-from recollect.eval.report_strips import films, summary_png
-from recollect.eval.report_text import LEVELS, Table, answer, sentences, steps_to, tables
+from recollect.eval.report.page import chapters, provenance, reels
+from recollect.eval.report.published import published_for
+from recollect.eval.report.rates import rate_data, rate_tables
+from recollect.eval.report.read import load_faceoff, result_rows
+from recollect.eval.report.strips import films, summary_png
+from recollect.eval.report.text import LEVELS, Table, answer, sentences, steps_to, tables
 
 __all__ = ["answer_of", "markdown_tables", "result_rows", "terminal_table", "write_report"]
 
@@ -99,7 +99,7 @@ def _page(face: FaceOff) -> str:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
         raise RecollectError("the report needs matplotlib and jinja2: pip install 'recollect[report]'") from None
-    source = resources.files("recollect.eval").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    source = resources.files("recollect.eval.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(
         title=face.title,

@@ -1,6 +1,6 @@
 """One process per measurement: a server that has imported what is needed forks for every case.
 
-``Worker`` starts the server, ``python -m recollect.eval.bench_process``, under the allocator settings of
+``Worker`` starts the server, ``python -m recollect.eval.bench.process``, under the allocator settings of
 ``train.runtime``; both speak one line of JSON per case over pipes. The child inherits the imports, has a heap that no
 other case has touched, ends by an alarm when its time is up, and cannot take more memory than is free. Where forking a
 process that has loaded torch is not safe (anywhere but Linux), each case gets a fresh server instead.
@@ -71,7 +71,7 @@ class Worker:
         env = {**os.environ, **allocator_env(os.environ), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._server = subprocess.Popen(
             # -P: files of the folder it is started in are not modules.
-            [sys.executable, "-P", "-m", "recollect.eval.bench_process"],
+            [sys.executable, "-P", "-m", "recollect.eval.bench.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -155,7 +155,7 @@ def _forked(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _call(job: Mapping[str, Any]) -> dict[str, Any]:
-    from recollect.eval.bench_measure import available_bytes, forbid_more_than
+    from recollect.eval.bench.measure import available_bytes, forbid_more_than
 
     arguments = job["arguments"]
     on_cpu = str(arguments.get("device", "cpu")) == "cpu"

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recollect.eval.bench_attention import FULL
-from recollect.eval.bench_cases import Record, Row
-from recollect.eval.bench_layers import best_of_families
-from recollect.eval.bench_peers import BEST, PEERS
-from recollect.eval.report_figures import PRINT, ROW_COLOURS, require_matplotlib, settings
-from recollect.eval.report_rows import MARKERS
-from recollect.eval.report_text import human_bytes
+from recollect.eval.bench.attention import FULL
+from recollect.eval.bench.cases import Record, Row
+from recollect.eval.bench.layers import best_of_families
+from recollect.eval.bench.peers import BEST, PEERS
+from recollect.eval.report.figures import PRINT, ROW_COLOURS, require_matplotlib, settings
+from recollect.eval.report.rows import MARKERS
+from recollect.eval.report.text import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recollect.core.errors import RunError, nearest
-from recollect.eval.report_data import METRICS, FaceOff, Row, Run, Status, Trial, rows_of
+from recollect.eval.report.data import METRICS, FaceOff, Row, Run, Status, Trial, rows_of
 from recollect.train.run import rate_name
 
 

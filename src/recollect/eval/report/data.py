@@ -5,7 +5,7 @@ A face-off directory is ``DIR/faceoff.json`` and, for every run, ``DIR/<group>/<
 have not started or not finished are kept as such; a file that is damaged is an error that names it.
 
 Where the face-off tries several learning rates a run lies in ``DIR/<group>/<row>/lr<rate>/seed<k>/``, and a row is its
-runs at the rate that validates best (``recollect.eval.report_selection``).
+runs at the rate that validates best (``recollect.eval.report.selection``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from recollect.eval.report_selection import Tried, choose, validation_score
+from recollect.eval.report.selection import Tried, choose, validation_score
 
 Status = Literal["finished", "unfinished", "not started", "diverged"]
 Axis = Literal["step", "seconds"]

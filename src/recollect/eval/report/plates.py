@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from recollect.eval.report_data import Axis, FaceOff, Row
-from recollect.eval.report_figures import Palette, draw_curves, svg
-from recollect.eval.report_rows import panels
-from recollect.eval.report_text import percent
+from recollect.eval.report.data import Axis, FaceOff, Row
+from recollect.eval.report.figures import Palette, draw_curves, svg
+from recollect.eval.report.rows import panels
+from recollect.eval.report.text import percent
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.core.layer import LayerConfig
-from recollect.eval.bench_rows import config_of
+from recollect.eval.bench.rows import config_of
 from recollect.layers import LAYERS
 
 Decoder = tuple[Callable[[], object], int]

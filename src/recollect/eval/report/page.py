@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from recollect.eval.report_data import FaceOff
-from recollect.eval.report_figures import bar_height, draw_horizon, draw_reward_bars
-from recollect.eval.report_plates import Plate, curve_plates, figure, scores, whiskers
-from recollect.eval.report_rows import legend
-from recollect.eval.report_strips import Film, data_uri, strip_gap, strip_image
-from recollect.eval.report_text import describe_unfinished, human_seconds, percent
-from recollect.eval.report_words import recall_plates
+from recollect.eval.report.data import FaceOff
+from recollect.eval.report.figures import bar_height, draw_horizon, draw_reward_bars
+from recollect.eval.report.plates import Plate, curve_plates, figure, scores, whiskers
+from recollect.eval.report.rows import legend
+from recollect.eval.report.strips import Film, data_uri, strip_gap, strip_image
+from recollect.eval.report.text import describe_unfinished, human_seconds, percent
+from recollect.eval.report.words import recall_plates
 
 
 @dataclass(frozen=True)

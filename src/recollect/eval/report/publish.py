@@ -15,8 +15,8 @@ from pathlib import Path
 
 from recollect.core.errors import RunError
 from recollect.core.files import write_atomically
-from recollect.eval.report import answer_of, markdown_tables, result_rows, write_report
-from recollect.eval.report_read import load_faceoff
+from recollect.eval.report.read import load_faceoff
+from recollect.eval.report.write import answer_of, markdown_tables, result_rows, write_report
 
 
 def publish(directory: Path, root: Path) -> list[Path]:

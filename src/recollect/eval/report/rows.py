@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from recollect.eval.report_data import FaceOff, Row
+from recollect.eval.report.data import FaceOff, Row
 
 N_COLOURS = 10
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

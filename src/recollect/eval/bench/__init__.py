@@ -1,0 +1,1 @@
+"""What ``recollect bench`` measures, and how."""
