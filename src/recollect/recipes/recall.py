@@ -163,7 +163,7 @@ def small(largest: int, steps: int) -> Scale:
             lr=4e-3,
             warmup_steps=50,
             log_every=25,
-            eval_every=steps // 6,
+            eval_every=250,
             checkpoint_every=250,
             select="best",
         ),
@@ -172,13 +172,13 @@ def small(largest: int, steps: int) -> Scale:
 
 def recall_micro() -> FaceOff:
     """Six rows on tables of 2..5 x 2..5."""
-    scale = small(5, steps=900)
+    scale = small(5, steps=1000)
     return FaceOff("recall-micro", "Joint recall of small tables", scale.runs("recall-micro", MICRO_ROWS), seeds=(0,))
 
 
 def recall_mini() -> FaceOff:
     """Every row on tables of 2..8 x 2..8: less than two hours for one seed on two cores."""
-    scale = small(8, steps=1500)
+    scale = small(8, steps=2000)
     return FaceOff("recall-mini", "Joint recall of tables up to 8 x 8", scale.runs("recall-mini"), seeds=(0, 1, 2))
 
 
