@@ -67,6 +67,8 @@ class Scale:
     problem: RecallConfig
     """With a backbone that every row replaces."""
     train: TrainConfig
+    dt_rank: int | None = None
+    """Of Mamba."""
     init_std: float | None = None
     d_model: int = 64
 
@@ -97,7 +99,9 @@ class Scale:
         return replace(HAX.Config.published(self.d_model, mixer, self.n_keys), patterns=self.patterns("hax"))
 
     def mamba(self, d_model: int | None = None) -> Mamba.Config:
-        return Mamba.Config(d_model or self.d_model, d_state=self.mamba_state, init_std=self.init_std)
+        return Mamba.Config(
+            d_model or self.d_model, d_state=self.mamba_state, dt_rank=self.dt_rank, init_std=self.init_std
+        )
 
     def mamba2(self, d_model: int | None = None) -> Mamba2.Config:
         width = d_model or self.d_model
@@ -188,6 +192,7 @@ def recall_published() -> FaceOff:
     scale = Scale(
         mamba_state=16,
         mamba2_state=32,
+        dt_rank=8,
         n_keys=64,
         n_bits=6,
         d_key=16,
