@@ -64,6 +64,7 @@ class Scale:
     """Of the hash: about as many buckets as leave a few cells of the largest table in each."""
     d_key: int
     explore: int
+    """Per row of a batch: a quarter of the longest."""
     problem: RecallConfig
     """With a backbone that every row replaces."""
     train: TrainConfig
@@ -196,7 +197,7 @@ def recall_published() -> FaceOff:
         n_keys=64,
         n_bits=6,
         d_key=16,
-        explore=64,
+        explore=256,
         problem=RecallConfig(
             replace(JointRecall.Config.published(), vocab_size=100),
             Backbone.Config.tiny(),
