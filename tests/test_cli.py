@@ -199,8 +199,8 @@ def test_faceoff_ends_in_a_report(
             raise RecollectError("the report needs matplotlib")
         return directory / "report.html"
 
-    monkeypatch.setattr("recollect.eval.report.write_report", write_report)
-    monkeypatch.setattr("recollect.eval.report.terminal_table", lambda _directory: "a table")
+    monkeypatch.setattr("recollect.eval.report.write.write_report", write_report)
+    monkeypatch.setattr("recollect.eval.report.write.terminal_table", lambda _directory: "a table")
     monkeypatch.setattr("recollect.eval.report.rates.undecided", lambda _directory: [])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     code = main(["faceoff", "toy_problem:finished_faceoff", "--out", str(tmp_path), "train.steps=3"])

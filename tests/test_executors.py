@@ -148,6 +148,8 @@ def test_an_interruption_leaves_a_checkpoint_and_the_same_call_goes_on(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     single = FaceOff("one", "", (fragile_run("first", steps=40, eval_every=0, checkpoint_every=40),))
+    # A shell's background jobs are started with interrupts ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(jobs: Sequence[Job]) -> None:
@@ -160,6 +162,7 @@ def test_an_interruption_leaves_a_checkpoint_and_the_same_call_goes_on(
     with pytest.raises(KeyboardInterrupt):
         run_faceoff(single, tmp_path, display=interrupt)
     assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, outside)
     place = tmp_path / "recall/first/seed0"
     (stem,) = ckpt.stems(place / "checkpoints")
     assert 3 <= ckpt.step_of(stem) < 40
