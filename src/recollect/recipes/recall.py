@@ -20,9 +20,10 @@ name                 keys of the budget k                                       
 ``+full``            the whole past, without a budget                                        not reported
 ===================  =====================================================================  ===================
 
-Where the set is learned (``+lsh``, ``+ks``, ``+hax``) some queries of every training step read everything
-(``SparseOptions.explore``), and hashes are learned; ``+hax-published`` has the paper's hash, drawn at random, and its
-loss for key selection. The published protocol trains each row at three rates, takes the best on validation, and has
+All attention branches start with unit queries and keys and a gate of 3, at which attention is learned soonest
+(``docs/log.md``). Where the set is learned (``+lsh``, ``+ks``, ``+hax``) some queries of every training step read
+everything (``SparseOptions.explore``), and hashes are learned. ``+hax-published`` is the paper's layer: plain products,
+gate 1, a hash drawn at random, its loss for key selection. The published protocol trains each row at three rates, takes the best on validation, and has
 neither a curriculum nor a cosine::
 
     recollect faceoff recall-published --lrs 3e-3 1e-3 3e-4 --seeds 0 1 2 \
@@ -70,7 +71,6 @@ class Scale:
     train: TrainConfig
     dt_rank: int | None = None
     """Of Mamba."""
-    init_std: float | None = None
     d_model: int = 64
 
     def patterns(self, branch: str) -> tuple[Pattern, ...]:
@@ -89,8 +89,15 @@ class Scale:
 
     def branched(self, mixer: LayerConfig, branch: str) -> HAX.Config:
         """``mixer`` joined by attention over the keys of ``branch``."""
-        patterns = self.patterns(branch)
-        layer = HAX.Config(self.d_model, mixer=mixer, patterns=patterns, d_key=self.d_key, init_std=self.init_std)
+        layer = HAX.Config(
+            self.d_model,
+            mixer=mixer,
+            patterns=self.patterns(branch),
+            d_key=self.d_key,
+            normalise="l2",
+            learn_scale=True,
+            gate_init=3.0,
+        )
         if branch in ("lsh", "hax"):
             layer = replace(layer, planes="projected")
         return replace(layer, explore=self.explore) if branch in ("lsh", "ks", "hax") else layer
@@ -100,13 +107,11 @@ class Scale:
         return replace(HAX.Config.published(self.d_model, mixer, self.n_keys), patterns=self.patterns("hax"))
 
     def mamba(self, d_model: int | None = None) -> Mamba.Config:
-        return Mamba.Config(
-            d_model or self.d_model, d_state=self.mamba_state, dt_rank=self.dt_rank, init_std=self.init_std
-        )
+        return Mamba.Config(d_model or self.d_model, d_state=self.mamba_state, dt_rank=self.dt_rank)
 
     def mamba2(self, d_model: int | None = None) -> Mamba2.Config:
         width = d_model or self.d_model
-        return Mamba2.Config(width, d_state=self.mamba2_state, d_head=width // 4, init_std=self.init_std)
+        return Mamba2.Config(width, d_state=self.mamba2_state, d_head=width // 4)
 
     def delta(self) -> GatedDeltaNet.Config:
         """Four heads of values 32 wide: as many floats of state as Mamba-2's."""
@@ -183,7 +188,7 @@ def recall_micro() -> FaceOff:
 
 def recall_mini() -> FaceOff:
     """Every row on tables of 2..8 x 2..8: less than two hours for one seed on two cores."""
-    scale = small(8, steps=2000)
+    scale = small(8, steps=1500)
     return FaceOff("recall-mini", "Joint recall of tables up to 8 x 8", scale.runs("recall-mini"), seeds=(0, 1, 2))
 
 
