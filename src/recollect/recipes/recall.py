@@ -23,8 +23,8 @@ name                 keys of the budget k                                       
 All attention branches start with unit queries and keys and a gate of 3, at which attention is learned soonest
 (``docs/log.md``). Where the set is learned (``+lsh``, ``+ks``, ``+hax``) some queries of every training step read
 everything (``SparseOptions.explore``), and hashes are learned. ``+hax-published`` is the paper's layer: plain products,
-gate 1, a hash drawn at random, its loss for key selection. The published protocol trains each row at three rates, takes the best on validation, and has
-neither a curriculum nor a cosine::
+gate 1, a hash drawn at random, its loss for key selection. The published protocol trains each row at three rates, takes
+the best on validation, and has neither a curriculum nor a cosine::
 
     recollect faceoff recall-published --lrs 3e-3 1e-3 3e-4 --seeds 0 1 2 \
         train.steps=400000 train.schedule=constant problem.curriculum=[]
