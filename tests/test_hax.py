@@ -190,6 +190,12 @@ def test_soft_codes_forget_the_scale_but_not_the_threshold(rule: Any) -> None:
     assert soft_code(torch.zeros(1, 5, 1, 1, 2), rule).isfinite().all()
 
 
+def _reaches(layer: SparseAttention, x: Tensor) -> bool:
+    """Whether the hash's loss has a gradient for the layer's input."""
+    (gradient,) = torch.autograd.grad(layer(x).aux["hash"], x, allow_unused=True)
+    return gradient is not None and bool(gradient.any())
+
+
 def test_a_hash_of_its_own_is_trained_by_its_loss_alone() -> None:
     layer = sparse(patterns=HAX_PATTERNS, planes="projected", explore=5)
     by_hash = gradients(layer, lambda out: out.aux["hash"])
@@ -198,6 +204,8 @@ def test_a_hash_of_its_own_is_trained_by_its_loss_alone() -> None:
     assert not by_model["to_hash"]
     assert by_model["to_qk"]
     x = double(2, 30, 8)
+    heard = x.clone().requires_grad_()
+    assert not _reaches(layer.double().train(), heard), "what the mixer learns is not the hash's to bend"
     q_code, k_code = layer.double().to_hash(x).unflatten(-1, (2, 1, 1, 2)).unbind(2)
     inputs = layer.eval().attention_inputs(x)
     assert inputs.buckets is not None

@@ -38,9 +38,7 @@ def sign_buckets(x_BLHN: Tensor, planes: Tensor) -> Tensor:
 
     ``planes`` (H, N, n_rounds, n_bits). Cost O(B L H N n_rounds n_bits). Not differentiable.
     """
-    n_bits = planes.shape[3]
-    bits = _project(x_BLHN, planes) > 0
-    return (bits * (1 << torch.arange(n_bits, device=bits.device))).sum(-1)
+    return read_buckets(_project(x_BLHN, planes), "sign")
 
 
 @torch.no_grad()
@@ -49,7 +47,7 @@ def argmax_buckets(x_BLHN: Tensor, planes: Tensor) -> Tensor:
 
     ``planes`` (H, N, n_rounds, n_columns). Cost O(B L H N n_rounds n_columns). Not differentiable.
     """
-    return _project(x_BLHN, planes).argmax(-1)
+    return read_buckets(_project(x_BLHN, planes), "argmax")
 
 
 def hash_buckets(x_BLHN: Tensor, planes: Tensor, rule: HashRule) -> Tensor:

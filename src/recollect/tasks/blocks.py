@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from recollect.tasks.batch import Bools, Ints
-from recollect.tasks.vocabulary import FIRST_VALUE, PAD
+from recollect.tasks.batch import PAD, Bools, Ints
+from recollect.tasks.vocabulary import FIRST_VALUE
 
 Roles: TypeAlias = npt.NDArray[np.int8]
 CONTEXT, KEY, VALUE = 0, 1, 2

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recollect.tasks.batch import PAD
 from recollect.tasks.nested import Axis, NestedConfig, NestedRecall
 from recollect.tasks.published import published_stream
-from recollect.tasks.vocabulary import BLANK, BOS, EOS, FIRST_VALUE, PAD, SEP
+from recollect.tasks.vocabulary import BLANK, BOS, EOS, FIRST_VALUE, SEP
 
 __all__ = ["BLANK", "BOS", "EOS", "FIRST_VALUE", "PAD", "SEP", "JointRecall", "published_stream"]
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from recollect.core.seeding import Streams
 from recollect.tasks.base import Oracle
-from recollect.tasks.batch import Ints, TokenBatch
-from recollect.tasks.vocabulary import FIRST_VALUE, PAD, SEP
+from recollect.tasks.batch import PAD, Ints, TokenBatch
+from recollect.tasks.vocabulary import FIRST_VALUE, SEP
 
 if TYPE_CHECKING:
     from recollect.tasks.nested import NestedRecall

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from recollect.core.errors import ConfigError, nearest
 from recollect.tasks.base import Split
-from recollect.tasks.vocabulary import BOS, FIRST_VALUE, PAD, SEP
+from recollect.tasks.batch import PAD
+from recollect.tasks.vocabulary import BOS, FIRST_VALUE, SEP
 
 LENGTH = 1058
 SAMPLES: dict[Split, int] = {"train": 10_000, "valid": 100, "test": 100}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from recollect.tasks.batch import Bools, Ints
 
-BOS, EOS, PAD, SEP, BLANK = 1, 2, 3, 4, 5
+BOS, EOS, SEP, BLANK = 1, 2, 4, 5
 FIRST_VALUE = 10
 
 
