@@ -46,8 +46,8 @@ def coloured_tiles(frames: dict[str, Any], episode: int, t: int) -> set[tuple[in
 def test_gymnasium_accepts_it_without_a_warning(observation: str):
     register()
     register()
-    made = gymnasium.make("recollect/DistractingMemory-v0", config=Config(width=14), observation=observation)
-    assert made.unwrapped.config.width == 14  # pyright: ignore[reportAttributeAccessIssue]
+    made = gymnasium.make("recollect/distracting-memory-100-v0", pixels=observation == "pixels")
+    assert made.unwrapped.config == ENVS["distracting-memory-100"]  # pyright: ignore[reportAttributeAccessIssue]
     check_env(made.unwrapped)
 
 
@@ -225,6 +225,15 @@ def test_an_idle_agent_is_cut_off():
     assert ends[-1] == (False, True)
 
 
+def test_a_map_of_the_context_foretells_the_reward():
+    config = Config(width=15)
+    frames = config.generate(np.random.default_rng(0), 64)
+    assert config.oracle(frames) == {"reward": 1.0}
+    # Without the frames near the cue it cannot know.
+    blind = {**frames, "tiles": np.where(frames["position"][..., :1, None] < 6, EMPTY, frames["tiles"])}
+    assert config.oracle(blind)["reward"] < 0.7
+
+
 def test_misuse_of_the_environment():
     env = DistractingMemory(Config(width=12))
     for call in (lambda: env.step(0), env.hidden_state, env.scripted_actions):
@@ -256,16 +265,17 @@ def test_impossible_configs(values: dict[str, Any], message: str):
 
 
 def test_registry_and_config_data():
-    assert find("distracting-memory") is ENVS["distracting-memory"] is DistractingMemory
-    with pytest.raises(ConfigError, match="did you mean 'distracting-memory'"):
-        find("distractingmemory")
+    assert find("distracting-memory-200") is ENVS["distracting-memory-200"]
+    assert find("distracting-memory-200") == Config(width=200)
+    with pytest.raises(ConfigError, match="did you mean 'distracting-memory-100'"):
+        find("distractingmemory-100")
     config = Config(width=31, p_distractor=0.25)
     assert from_dict(Config, to_dict(config)) == config
 
 
 def test_same_seed_same_bytes_and_pinned():
     def digest(seed: int) -> str:
-        frames = DistractingMemory.generate(Config(width=16), np.random.default_rng(seed), 8)
+        frames = Config(width=16).generate(np.random.default_rng(seed), 8)
         return hashlib.sha256(b"".join(frames[key].tobytes() for key in sorted(frames))).hexdigest()[:16]
 
     assert digest(3) == digest(3)

@@ -54,7 +54,7 @@ def world_model(kind: str = "gru", vision: VisionConfig | None = None, **changes
 
 
 def episodes(n: int = 2, *, pixels: bool = False, seed: int = 0) -> Batch:
-    made = DistractingMemory.generate(DistractingMemory.Config(width=11), np.random.default_rng(seed), n)
+    made = DistractingMemory.Config(width=11).generate(np.random.default_rng(seed), n)
     action = np.eye(3)[made["action"]] * ~made["is_first"][..., None]
     seen = render(made["tiles"]) if pixels else made["tiles"]
     fields = (seen, action, made["reward"].astype(np.float64), made["is_first"])

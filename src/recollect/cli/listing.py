@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from recollect.core.config import to_dict
@@ -42,7 +42,9 @@ def _tasks() -> list[Row]:
 def _envs() -> list[Row]:
     from recollect.envs import ENVS
 
-    return _described(ENVS)
+    return [
+        {"name": name, "summary": _summary(type(config)), "config": to_dict(config)} for name, config in ENVS.items()
+    ]
 
 
 def _recipes() -> list[Row]:
@@ -62,13 +64,6 @@ def _recipes() -> list[Row]:
             }
         )
     return rows
-
-
-def _described(registry: Mapping[str, type[Any]]) -> list[Row]:
-    return [
-        {"name": name, "summary": _summary(entry), "config": _defaults(entry.Config)}
-        for name, entry in registry.items()
-    ]
 
 
 def _summary(entry: type[Any]) -> str:

@@ -6,20 +6,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from recollect.core.config import Config, differences, to_dict
+from recollect.core.config import differences, to_dict
 from recollect.core.errors import ConfigError, DataError, nearest
 from recollect.core.seeding import Streams
 from recollect.data.store import EpisodeStore
 from recollect.data.writer import StoreWriter
-from recollect.envs import find
+from recollect.envs import EnvConfig
 
 SPLITS = ("train", "valid", "test")
-BLOCK_EPISODES = 256
-"""Episodes drawn from one random stream. Part of the data's definition: another number gives other episodes."""
 
 
 def collect(
-    env_config: Config,
+    env: EnvConfig,
     n_episodes: int,
     seed: int,
     path: str | os.PathLike[str],
@@ -35,14 +33,13 @@ def collect(
     Raises ConfigError for an unknown environment or split or ``n_episodes`` below 1, DataError if something else lies
     at ``path`` (or its unfinished ``.partial``).
     """
-    env = find(env_config.kind)
     if split not in SPLITS:
         raise ConfigError(f"unknown split '{split}'{nearest(split, SPLITS)}")
     if n_episodes < 1:
         raise ConfigError(f"n_episodes must be at least 1, got {n_episodes}")
     path = Path(path)
     identity = {
-        "env": to_dict(env_config),
+        "env": to_dict(env),
         "n_actions": env.n_actions,
         "seed": seed,
         "split": split,
@@ -55,12 +52,12 @@ def collect(
         return store
 
     writer = StoreWriter(path, identity)
-    n_blocks = -(-n_episodes // BLOCK_EPISODES)
+    n_blocks = -(-n_episodes // env.block_episodes)
     for b in range(writer.n_blocks, n_blocks):
-        wanted = min(BLOCK_EPISODES, n_episodes - b * BLOCK_EPISODES)
-        block = env.generate(env_config, Streams(seed).numpy("env", split, b), BLOCK_EPISODES)
+        wanted = min(env.block_episodes, n_episodes - b * env.block_episodes)
+        block = env.generate(Streams(seed).numpy("env", split, b), env.block_episodes)
         writer.append({key: array[:wanted] for key, array in block.items()})
         if progress is not None:
-            progress(b * BLOCK_EPISODES + wanted, n_episodes)
+            progress(b * env.block_episodes + wanted, n_episodes)
     writer.finish()
     return EpisodeStore.open(path)

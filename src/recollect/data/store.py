@@ -20,10 +20,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from recollect.core.config import Config, from_dict
+from recollect.core.config import from_dict
 from recollect.core.errors import DataError, nearest
 from recollect.data.writer import INDEX, SCHEMA, StoreWriter, checksum, partial_path
-from recollect.envs import find
+from recollect.envs import EnvConfig
 
 
 class EpisodeStore:
@@ -108,10 +108,10 @@ class EpisodeStore:
         return self.meta["n_actions"]
 
     @property
-    def env_config(self) -> Config:
+    def env_config(self) -> EnvConfig:
         """Config of the environment that made it. Raises ConfigError if this version does not know it."""
         env = self.meta["env"]
-        return from_dict(find(env.get("kind", "")).Config, env, f"{self.path / 'meta.json'}: env")
+        return from_dict(EnvConfig, env, f"{self.path / 'meta.json'}: env")
 
     def episode(self, i: int) -> dict[str, npt.NDArray[Any]]:
         """Every key of one episode, (T, ...), as read-only views of the files."""

@@ -1,7 +1,7 @@
 """Environments that measure memory, with the scripted policies that visit them.
 
-A new environment is one file and one line of ``ENVS``: a ``gymnasium.Env`` with a nested ``Config``, its number
-``n_actions``, and a static ``generate(config, rng, n_episodes)`` that returns arrays (n, T, ...), time second.
+A new environment is one file, a ``MemoryEnv`` with a nested ``EnvConfig``, and one line of ``ENVS`` for each of its
+standard sizes.
 """
 
 from __future__ import annotations
@@ -9,28 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 from recollect.core.errors import ConfigError, nearest
+from recollect.envs.base import EnvConfig, Frames, MemoryEnv
 from recollect.envs.distracting_memory import DistractingMemory
 
-ENVS: dict[str, type[Any]] = {
-    "distracting-memory": DistractingMemory,
+ENVS: dict[str, EnvConfig] = {
+    "distracting-memory-100": DistractingMemory.Config(100),
+    "distracting-memory-200": DistractingMemory.Config(200),
+    "distracting-memory-400": DistractingMemory.Config(400),
 }
+"""What each environment is by default; sizes are the config's, to be replaced: ``replace(config, width=50)``."""
 
 
-def find(name: str) -> type[Any]:
-    """The environment of that name. Raises ConfigError naming the nearest known one."""
+def find(name: str) -> EnvConfig:
+    """The config of that name. Raises ConfigError naming the nearest known one."""
     if name not in ENVS:
         raise ConfigError(f"unknown environment '{name}'{nearest(name, ENVS)}")
     return ENVS[name]
 
 
 def register() -> None:
-    """Make every environment known to ``gymnasium.make``, as ``recollect/DistractingMemory-v0``. Repeats do no harm."""
+    """Make every environment known to ``gymnasium.make``, as ``recollect/distracting-memory-100-v0``."""
     import gymnasium
 
-    for env in ENVS.values():
-        name = f"recollect/{env.__name__}-v0"
-        if name not in gymnasium.registry:
-            gymnasium.register(id=name, entry_point=f"{env.__module__}:{env.__name__}")
+    for name, config in ENVS.items():
+        if f"recollect/{name}-v0" not in gymnasium.registry:
+            build: Any = config.build
+            gymnasium.register(id=f"recollect/{name}-v0", entry_point=build)
 
 
-__all__ = ["ENVS", "DistractingMemory", "find", "register"]
+__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "MemoryEnv", "find", "register"]

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -40,14 +40,13 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from recollect.core.errors import ConfigError
-from recollect.envs.base import EnvConfig
+from recollect.envs.base import EnvConfig, Frames, MemoryEnv, Observation
 from recollect.envs.tiles import COLOURS, EMPTY, FIRST_COLOUR, N_CODES, TILE_PIXELS, WALL, Bytes, agent_code, render
 
 HEIGHT, MIDDLE = 9, 4
 VIEW, MARGIN = 5, 2
 MIN_WIDTH = 11
 LEFT, RIGHT, FORWARD = range(3)
-ACTIONS = ("left", "right", "forward")
 CUE = (3, MIDDLE + 1)
 _STEPS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])
 """(x, y) of one step forward, by heading."""
@@ -76,10 +75,7 @@ class Script(NamedTuple):
     heading: Bytes
 
 
-Frames: TypeAlias = dict[str, npt.NDArray[Any]]
-
-
-class DistractingMemory(gymnasium.Env[Bytes, np.int64]):
+class DistractingMemory(MemoryEnv):
     """The environment, for stepping. ``generate`` makes scripted episodes many times faster.
 
     Actions: 0 turn left, 1 turn right, 2 forward (into a wall: nothing happens). Observations: tile codes (5, 5) uint8
@@ -89,11 +85,14 @@ class DistractingMemory(gymnasium.Env[Bytes, np.int64]):
 
     @dataclass(frozen=True)
     class Config(EnvConfig, kind="distracting-memory"):
-        """Width of the grid in tiles with its walls, and what lies on the hallway floor.
+        """Remember a colour across a hallway of coloured floor, ``width`` tiles long with its walls.
 
         Raises ConfigError for a width below 11 (the cue would be seen from the start), a probability outside 0..1, or
         a number of colours outside 2..4.
         """
+
+        actions: ClassVar[tuple[str, ...]] = ("left", "right", "forward")
+        observation: ClassVar[Observation] = "tiles"
 
         width: int = 100
         p_distractor: float = 0.5
@@ -122,8 +121,24 @@ class DistractingMemory(gymnasium.Env[Bytes, np.int64]):
             """Frames from there to an object, width // 2 + 1."""
             return self.width // 2 + 1
 
+        @property
+        def observation_shape(self) -> tuple[int, ...]:
+            """5 x 5 tiles."""
+            return (VIEW, VIEW)
+
+        def build(self, *, pixels: bool = False, render_mode: str | None = None) -> DistractingMemory:
+            """The environment, for stepping."""
+            return DistractingMemory(self, observation="pixels" if pixels else "tiles", render_mode=render_mode)
+
+        def generate(self, rng: np.random.Generator, n_episodes: int) -> Frames:
+            """Scripted episodes; see the function of the same name."""
+            return generate(self, rng, n_episodes)
+
+        def oracle(self, frames: Frames) -> dict[str, float]:
+            """``reward``: how often the reward at the object is what its colour and the cue's, both seen, foretell."""
+            return {"reward": float((foretold(self, frames) == frames["reward"][:, -1]).mean())}
+
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own form)
-    n_actions: ClassVar[int] = len(ACTIONS)
     observation_kinds: ClassVar[tuple[str, ...]] = ("tiles", "pixels")
 
     def __init__(
@@ -138,7 +153,7 @@ class DistractingMemory(gymnasium.Env[Bytes, np.int64]):
         self.config = DistractingMemory.Config() if config is None else config
         self.observation = observation
         self.render_mode = render_mode
-        self.action_space = spaces.Discrete(self.n_actions)
+        self.action_space = spaces.Discrete(self.config.n_actions)
         self.observation_space: spaces.Space[Any]
         if observation == "tiles":
             self.observation_space = spaces.MultiDiscrete(np.full((VIEW, VIEW), N_CODES), dtype=np.uint8)
@@ -195,11 +210,6 @@ class DistractingMemory(gymnasium.Env[Bytes, np.int64]):
     def scripted_actions(self) -> Bytes:
         """The actions (episode_length - 1,) of the scripted policy from the start of this episode to its goal."""
         return script(self.config).action[self.hidden_state()["goal"], 1:]
-
-    @staticmethod
-    def generate(config: Config, rng: np.random.Generator, n_episodes: int) -> Frames:
-        """Scripted episodes; see the function of the same name."""
-        return generate(config, rng, n_episodes)
 
     def _view(self) -> Bytes:
         view = self._ground[self._y : self._y + VIEW, self._x : self._x + VIEW].copy()
@@ -306,3 +316,22 @@ def play(config: DistractingMemory.Config, layout: Layout) -> Frames:
         "objects": np.repeat(layout.objects[:, None], T, axis=1),
         "goal": np.repeat(goal[:, None], T, axis=1),
     }
+
+
+def foretold(config: DistractingMemory.Config, frames: Frames) -> npt.NDArray[np.bool_]:
+    """Rewards (n,) that a map of the context's tiles foretells; where a tile was not seen, none."""
+    n = len(frames["tiles"])
+    x, y, heading = np.full(n, config.start), np.full(n, MIDDLE), np.zeros(n, dtype=np.int64)
+    seen = np.full((n, HEIGHT + 2 * MARGIN, config.width + 2 * MARGIN), EMPTY, dtype=np.uint8)
+    rows, window = np.arange(n)[:, None, None], np.arange(VIEW)
+    for t in range(config.episode_length):
+        action = frames["action"][:, t].astype(np.int64) if t else np.full(n, LEFT)
+        moved = (action == FORWARD)[:, None] * _STEPS[heading]
+        x, y = x + moved[:, 0], y + moved[:, 1]
+        if t:
+            heading = (heading + (action == RIGHT) - (action == LEFT)) % 4
+        if t < config.context_length:
+            seen[rows, (y[:, None] + window)[:, :, None], (x[:, None] + window)[:, None, :]] = frames["tiles"][:, t]
+    cue = seen[:, CUE[1] + MARGIN, CUE[0] + MARGIN]
+    reached = seen[np.arange(n), y + MARGIN, x + MARGIN]
+    return (cue == reached) & (cue >= FIRST_COLOUR)

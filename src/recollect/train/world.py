@@ -17,7 +17,6 @@ from recollect.core.errors import ConfigError
 from recollect.core.files import locked
 from recollect.core.seeding import Streams
 from recollect.data import EpisodeStore, Windows, collect, observations
-from recollect.envs import find
 from recollect.envs.base import EnvConfig
 from recollect.envs.tiles import N_CODES, TILE_PIXELS
 from recollect.eval.imagination import Dream, dream, save_strips, strip
@@ -69,7 +68,7 @@ class WorldConfig(ProblemConfig, kind="world"):
             else Pixels(size=5 * TILE_PIXELS, depth=self.depth)
         )
         return WorldModel.Config(
-            n_actions=find(self.env.kind).n_actions,
+            n_actions=self.env.n_actions,
             backbone=self.backbone,
             vision=vision,
             latent=self.latent,
