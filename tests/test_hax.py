@@ -21,6 +21,7 @@ from recollect.ops.hashing import (
     hash_buckets,
     hash_loss,
     plane_code,
+    probed_buckets,
     read_buckets,
     soft_code,
 )
@@ -89,6 +90,33 @@ def test_rounds_and_rules_reach_the_attention(rule: Any) -> None:
     assert sets.sum(-1).max() <= 8
     one = Buckets(buckets.q[..., :1], buckets.k[..., :1])
     assert sets.sum() > key_sets_reference(q, (replace(lsh, n_keys=2, n_rounds=1),), buckets=one).sum()
+
+
+def test_probed_rounds_read_the_nearest_buckets_in_order() -> None:
+    """Against every bucket's distance, written out: the sum of |projection| over the bits in which it differs."""
+    code = double(5, 40, 2, 4)
+    found = probed_buckets(code, "sign", 5)
+    bits = (torch.arange(16)[:, None] >> torch.arange(4)) & 1
+    differs = bits != (code > 0)[..., None, :]
+    distance = (code.abs()[..., None, :] * differs).sum(-1)
+    assert torch.equal(found, distance.argsort(-1)[..., :5])
+    assert torch.equal(found[..., 0], read_buckets(code, "sign"))
+    assert torch.equal(probed_buckets(code, "argmax", 3), code.argsort(-1, descending=True)[..., :3])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_probed_layer_stores_a_key_once_and_looks_twice(rule: Any) -> None:
+    lsh = Lsh(8, n_bits=3, n_rounds=2, rule=rule, rounds="probed")
+    layer = sparse(patterns=(lsh,), project=False, n_heads=2, planes="projected").double().eval()
+    x = double(2, 70, 8)
+    q_code, k_code = layer.to_hash(x).unflatten(-1, (2, 2, 1, lsh.n_planes)).unbind(2)
+    lies = read_buckets(k_code, rule)
+    buckets = Buckets(probed_buckets(q_code[..., 0, :], rule, 2), torch.cat([lies, lies], -1))
+    q, k = layer.to_qk(x).unflatten(-1, (2, 2, 4)).unbind(2)
+    wanted, sets = sparse_attention_reference(q, k, x.unflatten(-1, (2, 4)), (lsh,), buckets=buckets)
+    torch.testing.assert_close(layer(x).y, wanted.flatten(-2), rtol=0, atol=1e-12)
+    own = Buckets(buckets.q[..., :1], buckets.k[..., :1])
+    assert sets.sum() > key_sets_reference(q, (replace(lsh, n_keys=4, n_rounds=1),), buckets=own).sum()
 
 
 def matching_pairs(n: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:

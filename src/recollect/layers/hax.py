@@ -116,9 +116,9 @@ class HAX(SequenceLayer):
         def recommended(cls, d_model: int, mixer: LayerConfig | None = None, *, gate_init: float = 3.0) -> Self:
             """What has worked best here on small tasks (``docs/log.md``); joined in parallel wherever the mixer allows.
 
-            16 buckets of the 16 most recent keys and 16 selected ones; the hash has maps of its own, taught by 64
-            queries per training sequence that read everything. On joint recall of tables up to 8 x 8 this took HAX from
-            72 to 99 %, beside 100 % for full attention (one seed). Unit vectors and a gate of 3, so that attention is
+            16 keys from the two nearest of 32 buckets and 16 selected ones; the hash has maps of its own, taught by
+            queries of every training sequence that read everything. On joint recall of tables up to 8 x 8 this took
+            HAX from 72 to 99 %, beside 100 % for full attention. Unit vectors and a gate of 3, so that attention is
             heard from the start: the plateau before it is learned is then short. Inside a world model set
             ``gate_init=0.1``: at 1 the branch first adds an average over keys that mean nothing yet, and the reward was
             missed. ``mixer`` None is Mamba-2.
@@ -128,13 +128,13 @@ class HAX(SequenceLayer):
                 d_model,
                 mixer=mixer,
                 arrangement=_arrangement(mixer),
-                patterns=(Lsh(16, n_bits=4), KeySelection(16)),
+                patterns=(Lsh(16, n_bits=5, n_rounds=2, rounds="probed"), KeySelection(16)),
                 d_key=16,
                 gate_init=gate_init,
                 normalise="l2",
                 learn_scale=True,
                 planes="projected",
-                explore=64,
+                explore=128,
             )
 
         @classmethod

@@ -15,7 +15,15 @@ from recollect.core.layer import LayerOut, SequenceLayer
 from recollect.core.types import Aux
 from recollect.layers.sparse_options import SparseOptions
 from recollect.ops.attention_map import AttentionInputs
-from recollect.ops.hashing import draw_planes, hash_buckets, hash_loss, plane_code, read_buckets, soft_code
+from recollect.ops.hashing import (
+    draw_planes,
+    hash_loss,
+    plane_code,
+    probed_buckets,
+    project,
+    read_buckets,
+    soft_code,
+)
 from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, find
 from recollect.ops.scan import accumulator_dtype
 from recollect.ops.selection import selection_divergence, selection_loss
@@ -96,6 +104,15 @@ class SparseAttention(SequenceLayer):
                     planes="projected",
                     explore=5,
                 ),
+                "probed": cls(
+                    d_model=8, d_key=4, patterns=(Lsh(6, n_bits=3, n_rounds=3, rounds="probed"),), planes="projected"
+                ),
+                "probed-argmax": cls(
+                    d_model=8,
+                    d_key=4,
+                    n_heads=2,
+                    patterns=(Lsh(4, n_bits=2, n_rounds=2, rule="argmax", rounds="probed"),),
+                ),
                 "gate-heads": cls(
                     d_model=8, d_key=3, n_heads=2, patterns=(KeySelection(4),), learn_scale=True, selection="gate"
                 ),
@@ -134,9 +151,9 @@ class SparseAttention(SequenceLayer):
         self.plane_seed: Tensor
         self.plane_draws: Tensor
         if self.lsh is not None and config.planes == "projected":
-            self.to_hash = nn.Linear(config.d_model, 2 * heads * self.lsh.n_rounds * self.lsh.n_planes)
+            self.to_hash = nn.Linear(config.d_model, 2 * heads * self.lsh.n_hashes * self.lsh.n_planes)
         elif self.lsh is not None:
-            planes = draw_planes(d_key, heads, self.lsh.n_rounds, self.lsh.n_planes)
+            planes = draw_planes(d_key, heads, self.lsh.n_hashes, self.lsh.n_planes)
             if config.planes == "learned":
                 self.planes = nn.Parameter(planes)
             else:
@@ -255,16 +272,25 @@ class SparseAttention(SequenceLayer):
     def _hash(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Buckets, tuple[Tensor, Tensor] | None]:
         """The buckets of queries and keys, and the projections that gave them where a loss is to train them."""
         assert self.lsh is not None
-        c, rule = self.config, self.lsh.rule
+        c = self.config
         if c.planes == "projected":
-            shape = (2, c.n_heads, self.lsh.n_rounds, self.lsh.n_planes)
-            q_code, k_code = self.to_hash(x.detach()).unflatten(-1, shape).unbind(2)
-            return Buckets(read_buckets(q_code, rule), read_buckets(k_code, rule)), (q_code, k_code)
+            shape = (2, c.n_heads, self.lsh.n_hashes, self.lsh.n_planes)
+            codes = q_code, k_code = self.to_hash(x.detach()).unflatten(-1, shape).unbind(2)
+            return self._buckets(q_code, k_code), codes
         planes = self.current_planes()
-        buckets = Buckets(hash_buckets(q, planes, rule), hash_buckets(k, planes, rule))
+        buckets = self._buckets(project(q, planes), project(k, planes))
         if c.planes != "learned":
             return buckets, None
         return buckets, (plane_code(q.detach(), planes), plane_code(k.detach(), planes))
+
+    def _buckets(self, q_code: Tensor, k_code: Tensor) -> Buckets:
+        """Where queries look and where keys lie, round by round."""
+        assert self.lsh is not None
+        rule, n_rounds = self.lsh.rule, self.lsh.n_rounds
+        if self.lsh.rounds == "probed":
+            lies = read_buckets(k_code, rule).expand(-1, -1, -1, n_rounds)
+            return Buckets(probed_buckets(q_code[..., 0, :], rule, n_rounds), lies)
+        return Buckets(read_buckets(q_code, rule), read_buckets(k_code, rule))
 
     def _hash_loss(
         self,

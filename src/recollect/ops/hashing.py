@@ -38,7 +38,7 @@ def sign_buckets(x_BLHN: Tensor, planes: Tensor) -> Tensor:
 
     ``planes`` (H, N, n_rounds, n_bits). Cost O(B L H N n_rounds n_bits). Not differentiable.
     """
-    return read_buckets(_project(x_BLHN, planes), "sign")
+    return read_buckets(project(x_BLHN, planes), "sign")
 
 
 @torch.no_grad()
@@ -47,12 +47,12 @@ def argmax_buckets(x_BLHN: Tensor, planes: Tensor) -> Tensor:
 
     ``planes`` (H, N, n_rounds, n_columns). Cost O(B L H N n_rounds n_columns). Not differentiable.
     """
-    return read_buckets(_project(x_BLHN, planes), "argmax")
+    return read_buckets(project(x_BLHN, planes), "argmax")
 
 
 def hash_buckets(x_BLHN: Tensor, planes: Tensor, rule: HashRule) -> Tensor:
     """``sign_buckets`` or ``argmax_buckets``. Scaling a vector by a positive number leaves its bucket as it was."""
-    return read_buckets(_project(x_BLHN, planes), rule)
+    return read_buckets(project(x_BLHN, planes), rule)
 
 
 @torch.no_grad()
@@ -63,11 +63,30 @@ def read_buckets(code_BLHRC: Tensor, rule: HashRule) -> Tensor:
     return ((code_BLHRC > 0) * (1 << torch.arange(code_BLHRC.shape[-1], device=code_BLHRC.device))).sum(-1)
 
 
+@torch.no_grad()
+def probed_buckets(code_BLHC: Tensor, rule: HashRule, n: int) -> Tensor:
+    """The n buckets nearest to a query of these projections, nearest first, (B, L, H, n) int64; the first is its own.
+
+    Under signs a bucket is as far as the sum of |projection| over the bits that differ: the n cheapest of all sets of
+    bits, which are among the sets of the n - 1 least certain ones. Under argmax the n largest projections.
+    Cost O(B L H 2^(n - 1)) and a sort of the projections.
+    """
+    if rule == "argmax":
+        return code_BLHC.topk(n, -1).indices
+    certain, bit = code_BLHC.abs().sort(-1)
+    sets = torch.arange(1 << (n - 1), device=code_BLHC.device)
+    chosen = (sets[:, None] >> torch.arange(n - 1, device=code_BLHC.device)) & 1
+    distance = (certain[..., None, : n - 1] * chosen).sum(-1)
+    flips = ((1 << bit[..., None, : n - 1]) * chosen).sum(-1)
+    nearest = distance.sort(dim=-1, stable=True).indices[..., :n]
+    return read_buckets(code_BLHC, "sign")[..., None] ^ flips.gather(-1, nearest)
+
+
 def plane_code(x_BLHN: Tensor, planes: Tensor) -> Tensor:
     """Projections of unit vectors, (B, L, H, n_rounds, n_planes), at least in float32."""
     dtype = accumulator_dtype(x_BLHN.dtype)
     with torch.autocast(x_BLHN.device.type, enabled=False):
-        return _project(F.normalize(x_BLHN.to(dtype), dim=-1), planes.to(dtype))
+        return project(F.normalize(x_BLHN.to(dtype), dim=-1), planes.to(dtype))
 
 
 def soft_code(code_BLHRC: Tensor, rule: HashRule) -> Tensor:
@@ -82,7 +101,8 @@ def soft_code(code_BLHRC: Tensor, rule: HashRule) -> Tensor:
     return SHARPNESS[rule] * code / spread.clamp(min=torch.finfo(code.dtype).eps)
 
 
-def _project(x_BLHN: Tensor, planes: Tensor) -> Tensor:
+def project(x_BLHN: Tensor, planes: Tensor) -> Tensor:
+    """Products of every vector with every plane's normal, (B, L, H, n_rounds, n_planes)."""
     n_rounds, n_planes = planes.shape[2:]
     projected = torch.einsum("blhn,hnk->blhk", x_BLHN, planes.flatten(2).to(x_BLHN.dtype))
     return projected.unflatten(-1, (n_rounds, n_planes))

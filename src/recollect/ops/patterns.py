@@ -30,6 +30,8 @@ from recollect.core.errors import ConfigError, nearest
 
 HashRule = Literal["sign", "argmax"]
 """How a vector's bucket is read off its projections (``ops.hashing``)."""
+Rounds = Literal["hashed", "probed"]
+"""Whether hash rounds are several hashes, or several buckets of one."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,16 @@ class Lsh(_Budgeted, kind="lsh"):
 
     Rounds share the budget. A query and a key at angle t meet in a round of signs with probability (1 - t/pi)^n_bits:
     one round of many bits needs nearly parallel vectors, several rounds of fewer bits find looser matches.
+
+    ``rounds`` "hashed": every round has a hash of its own. "probed": all have one, and round r reads the bucket that is
+    r-th nearest to the query (multi-probe hashing, Lv et al. 2007), which finds keys just across a border that the
+    query is close to, without another hash. ``n_rounds`` is then at most ``n_bits`` + 1.
     """
 
     n_bits: int = 8
     n_rounds: int = 1
     rule: HashRule = "sign"
+    rounds: Rounds = "hashed"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +127,12 @@ class Lsh(_Budgeted, kind="lsh"):
             raise ConfigError(f"pattern lsh: n_bits must be in 1..16, got {self.n_bits}")
         if self.n_rounds < 1 or self.n_keys % self.n_rounds:
             raise ConfigError(f"pattern lsh: n_keys {self.n_keys} must be a multiple of n_rounds {self.n_rounds}")
+        if self.rounds not in get_args(Rounds):
+            raise ConfigError(f"pattern lsh: rounds '{self.rounds}' is unknown{nearest(self.rounds, get_args(Rounds))}")
+        if self.rounds == "probed" and self.n_rounds > self.n_bits + 1:
+            raise ConfigError(
+                f"pattern lsh: {self.n_rounds} probed rounds need at least {self.n_rounds - 1} bits, got {self.n_bits}"
+            )
 
     @property
     def n_buckets(self) -> int:
@@ -127,8 +140,13 @@ class Lsh(_Budgeted, kind="lsh"):
         return 1 << self.n_bits
 
     @property
+    def n_hashes(self) -> int:
+        """Hash functions: one per round, or one for all where they are probed."""
+        return 1 if self.rounds == "probed" else self.n_rounds
+
+    @property
     def n_planes(self) -> int:
-        """Projections per round that the rule reads: ``n_bits`` signs, or one column per bucket."""
+        """Projections per hash that the rule reads: ``n_bits`` signs, or one column per bucket."""
         return self.n_bits if self.rule == "sign" else self.n_buckets
 
     @property

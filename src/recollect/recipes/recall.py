@@ -14,7 +14,7 @@ name                 keys of the budget k                                       
 ``+window``          the k most recent                                                       +SW
 ``+window+dilated``  half and half                                                           +SW+D
 ``+sink``            the k/2 most recent and the k/2 first                                   +A
-``+lsh``             the k most recent of the query's hash bucket                            +LSH
+``+lsh``             the k most recent of the query's two buckets                            +LSH
 ``+ks``              the k that a learned score has kept                                     +KS
 ``+hax``             the last two, half and half                                             +HAX
 ``+full``            the whole past, without a budget                                        not reported
@@ -22,9 +22,9 @@ name                 keys of the budget k                                       
 
 All attention branches start with unit queries and keys and a gate of 3, at which attention is learned soonest
 (``docs/log.md``). Where the set is learned (``+lsh``, ``+ks``, ``+hax``) some queries of every training step read
-everything (``SparseOptions.explore``), and hashes are learned. ``+hax-published`` is the paper's layer: plain products,
-gate 1, a hash drawn at random, its loss for key selection. The published protocol trains each row at three rates, takes
-the best on validation, and has neither a curriculum nor a cosine::
+everything (``SparseOptions.explore``), and hashes are learned and probed twice. ``+hax-published`` is the paper's
+layer: plain products, gate 1, a hash drawn at random, its loss for key selection. The published protocol trains each
+row at three rates, takes the best on validation, and has neither a curriculum nor a cosine::
 
     recollect faceoff recall-published --lrs 3e-3 1e-3 3e-4 --seeds 0 1 2 \
         train.steps=400000 train.schedule=constant problem.curriculum=[]
@@ -65,7 +65,7 @@ class Scale:
     """Of the hash: about as many buckets as leave a few cells of the largest table in each."""
     d_key: int
     explore: int
-    """Per row of a batch: a quarter of the longest."""
+    """Per row of a batch."""
     problem: RecallConfig
     """With a backbone that every row replaces."""
     train: TrainConfig
@@ -81,11 +81,15 @@ class Scale:
             "window": (Window(k),),
             "window+dilated": (Window(half), Dilated(half, stride=length // half)),
             "sink": (Window(half), Sink(half)),
-            "lsh": (Lsh(k, n_bits=self.n_bits),),
+            "lsh": (self.lsh(k),),
             "ks": (KeySelection(k),),
-            "hax": (Lsh(half, n_bits=self.n_bits), KeySelection(half)),
+            "hax": (self.lsh(half), KeySelection(half)),
             "full": (Full(),),
         }[branch]
+
+    def lsh(self, n_keys: int) -> Lsh:
+        """Half of the keys from the query's bucket, half from the next nearest."""
+        return Lsh(n_keys, n_bits=self.n_bits, n_rounds=2, rounds="probed")
 
     def branched(self, mixer: LayerConfig, branch: str) -> HAX.Config:
         """``mixer`` joined by attention over the keys of ``branch``."""
@@ -104,7 +108,9 @@ class Scale:
 
     def published(self, mixer: LayerConfig) -> HAX.Config:
         """The paper's HAX, at this scale's budget and number of buckets."""
-        return replace(HAX.Config.published(self.d_model, mixer, self.n_keys), patterns=self.patterns("hax"))
+        half = self.n_keys // 2
+        patterns = (Lsh(half, n_bits=self.n_bits), KeySelection(half))
+        return replace(HAX.Config.published(self.d_model, mixer, self.n_keys), patterns=patterns)
 
     def mamba(self, d_model: int | None = None) -> Mamba.Config:
         return Mamba.Config(d_model or self.d_model, d_state=self.mamba_state, dt_rank=self.dt_rank)
@@ -149,16 +155,16 @@ class Scale:
 
 
 def small(largest: int, steps: int) -> Scale:
-    """Tables of 2..``largest`` contexts and keys, growing from 3 x 3 over two thirds of the steps."""
+    """Tables of 2..``largest`` contexts and keys, growing from 3 x 3 over half of the steps."""
     task = replace(JointRecall.Config.mini(), n_contexts=(2, largest), n_keys=(2, largest))
-    stages = (Stage(until_step=2 * steps // 3, sizes=((2, 3), (2, 3)), ramp=True),)
+    stages = (Stage(until_step=steps // 2, sizes=((2, 3), (2, 3)), ramp=True),)
     return Scale(
         mamba_state=4,
         mamba2_state=4,
         n_keys=32,
-        n_bits=4,
+        n_bits=5,
         d_key=16,
-        explore=64,
+        explore=128,
         problem=RecallConfig(
             task,
             Backbone.Config.tiny(),
