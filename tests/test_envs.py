@@ -301,13 +301,8 @@ def test_the_view_as_text():
     env.reset(seed=0)
     view = env.render()
     assert isinstance(view, str)
-    assert view.replace("  ", "..").splitlines() == [
-        "..........",
-        "##########",
-        "....> ....",
-        "##########",
-        "..........",
-    ]
+    room, walls = "##        ", "##########"
+    assert view.splitlines() == [room, walls, "    >     ", walls, room]
 
 
 def test_these_rooms_do_not_import_torch():

@@ -170,11 +170,11 @@ def views(ground: Bytes, x: npt.NDArray[np.int64], y: npt.NDArray[np.int64]) -> 
     n, height, width = ground.shape
     window = np.arange(VIEW, dtype=np.int64)
     around = (window[:, None] * width + window).astype(np.int32)
-    index = (y * width + x).astype(np.int32)[..., None, None] + around
+    corner = (y * width + x).astype(np.int32)[..., None, None]
     flat = ground.reshape(n, height * width)
     if x.ndim == 1:
-        return flat.take(index, axis=1)
-    seen = np.empty((n, *index.shape[1:]), dtype=np.uint8)
+        return flat.take(corner + around, axis=1)
+    seen = np.empty((*x.shape, VIEW, VIEW), dtype=np.uint8)
     for i in range(n):
-        flat[i].take(index[i], out=seen[i])
+        flat[i].take(corner[i] + around, out=seen[i])
     return seen

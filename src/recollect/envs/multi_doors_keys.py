@@ -31,12 +31,12 @@ What the paper does not say is decided here:
 - *Rules.* Any number of keys is carried at a time, so that what opens a door is a count by colour. An open door stays
   open. Keys are picked up from the tile before them and stand in the way until then. Nothing is rewarded and nothing
   ends the episode: what is to be predicted is what is seen.
-- *Walks.* Context: the 2 n doors and keys in random order, from the middle of the corridor; that takes at most
-  4 n^2 + 12 n frames or so, less on average, and what is left of the context goes on to other places at random. Query:
-  ``attempts`` doors are tried after each key, drawn from the locked ones but for the one just tried; all are locked at
-  first and none is left in the end, when the walk goes on at random as before. The agent goes into the alcove behind a
-  door that it has opened or finds open. Both parts end where their frames do, wherever the agent is. Actions are those
-  of MiniGrid that are needed: left, right, forward, pickup, toggle.
+- *Walks.* Context: the 2 n doors and keys in random order, from the middle of the corridor, which fits in any order;
+  what is left of the context goes on to other places at random. Query: ``attempts`` doors are tried after each key,
+  drawn from the locked ones but for the one just tried. When all doors are open, after half of the query on average,
+  the walk goes on at random as before and meets every change again. The agent goes into the alcove behind a door that
+  it has opened or finds open. Both parts end where their frames do, wherever the agent is.
+- *Actions* are those of MiniGrid that are needed: left, right, forward, pickup, toggle.
 """
 
 from __future__ import annotations
