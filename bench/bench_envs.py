@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recollect import __version__
 from recollect.data import Windows, collect, observations
-from recollect.envs import DistractingMemory
-from recollect.envs.distracting_memory import generate
+from recollect.envs import ENVS, DistractingMemory, EnvConfig
+from recollect.eval.pictures import render_on
 from recollect.tasks import TASKS, JointRecall
 from recollect.tasks.joint_recall import published_stream
 
@@ -38,25 +39,36 @@ def best_rate(work: Callable[[], Any], items: int, runs: int = 7) -> float:
     return round(items / min(seconds))
 
 
-def step_episode(config: DistractingMemory.Config) -> None:
+def step_episode(config: EnvConfig) -> None:
     """One scripted episode through the gymnasium interface."""
-    env = DistractingMemory(config)
+    env = config.build()
     env.reset(seed=0)
     for action in env.scripted_actions().tolist():
         env.step(action)
 
 
+def measure_environment(config: EnvConfig, runs: int) -> dict[str, float]:
+    """Frames per second, one core: scripted episodes as they are stored, pictures of stored tiles, and stepping."""
+    rng = np.random.default_rng(0)
+    T = config.episode_length
+    n = max(1, 50_000 // T)
+    rates = {
+        "simulate": best_rate(lambda: config.generate(rng, n), n * T, runs),
+        "step": best_rate(lambda: step_episode(config), T, runs),
+    }
+    if config.observation == "tiles":
+        tiles = {"tiles": config.generate(rng, max(1, 2_000 // T))["tiles"]}
+        rates["render"] = best_rate(lambda: observations(tiles, "pixels"), tiles["tiles"].size // 25, runs)
+        on_device = torch.from_numpy(tiles["tiles"])
+        rates["render with torch"] = best_rate(lambda: render_on(on_device), tiles["tiles"].size // 25, runs)
+    return rates
+
+
 def measure() -> dict[str, float]:
-    """All rates by name."""
+    """The rates of what follows the environments, by name."""
     rng = np.random.default_rng(0)
     config = DistractingMemory.Config(width=100)
-    T = config.episode_length
-    frames = generate(config, rng, 64)["tiles"]
-    rates = {
-        "simulate, frames/s": best_rate(lambda: generate(config, rng, 256), 256 * T),
-        "step the environment, frames/s": best_rate(lambda: step_episode(config), T),
-        "render 40x40, frames/s": best_rate(lambda: observations({"tiles": frames[:8]}, "pixels"), 8 * T),
-    }
+    rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         store = collect(config, 1024, 0, Path(folder) / "store")
@@ -83,14 +95,22 @@ def main() -> None:
     """Print the rates and, where a path is given, write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", nargs="?", type=Path, help="JSON file to write")
-    output = parser.parse_args().output
-    rates = measure()
+    parser.add_argument("--env", nargs="*", choices=list(ENVS), help="these environments only, and nothing else")
+    parser.add_argument("--runs", type=int, default=7, help="runs of which the best counts (default: 7)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    environments: dict[str, dict[str, float]] = {}
+    for name in arguments.env or ENVS:
+        environments[name] = measure_environment(ENVS[name], arguments.runs)
+        print(f"{name:25}", *(f"{what} {rate:>11,.0f}" for what, rate in environments[name].items()), "frames/s")
+    rates = {} if arguments.env else measure()
     for name, rate in rates.items():
         print(f"{name:45} {rate:>12,.0f}")
-    if output is not None:
+    if arguments.output is not None:
         machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        result = {"recollect": __version__, "numpy": np.__version__, **machine, "rates": rates}
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        result = {"recollect": __version__, "numpy": np.__version__, **machine}
+        result |= {"environments": environments, "rates": rates}
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

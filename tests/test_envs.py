@@ -1,4 +1,4 @@
-"""Distracting Memory: rules, scripted episodes, what is seen when, and the pictures of its tiles."""
+"""Distracting Memory: rules, scripted episodes, what is seen when, and what cannot be known without memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,7 @@ from recollect.core.config import from_dict, to_dict
 from recollect.core.errors import ConfigError
 from recollect.envs import ENVS, DistractingMemory, find, register
 from recollect.envs.distracting_memory import FORWARD, LEFT, RIGHT, Layout, draw, generate, paint, play
-from recollect.envs.tiles import (
-    COLOURS,
-    EMPTY,
-    FIRST_AGENT,
-    FIRST_COLOUR,
-    N_CODES,
-    WALL,
-    agent_code,
-    atlas,
-    codes_from_pixels,
-    render,
-)
+from recollect.envs.tiles import EMPTY, FIRST_AGENT, FIRST_COLOUR, N_FLOOR_CODES, WALL, render
 
 Config = DistractingMemory.Config
 WIDTHS = (11, 12, 13, 20)
@@ -149,6 +138,21 @@ def test_reward_is_a_fair_coin_that_needs_the_cue():
     assert np.abs(np.bincount(layout.cue, minlength=4) / 8000 - 0.25).max() < 0.03
 
 
+def test_half_of_the_visits_are_rewarded():
+    frames = Config(width=11).generate(np.random.default_rng(0), 20_000)
+    assert abs(frames["reward"][:, -1].mean() - 0.5) < 0.01
+
+
+def test_colours_are_those_of_the_papers_figure():
+    """It shows 47 coloured tiles among 98, 19 green (with the objects), 10 blue, 10 purple, 8 yellow."""
+    hall = draw(Config(width=100), np.random.default_rng(4), 4000).distractors
+    drawn = np.bincount(hall.ravel(), minlength=5) / hall.size
+    assert np.abs(drawn - [0.5, 0.125, 0.125, 0.125, 0.125]).max() < 0.003
+    figure = np.array([51, 19, 10, 10, 8])
+    distance = ((figure - 98 * drawn) ** 2 / (98 * drawn)).sum()
+    assert distance < 9.49  # chi-square of 4 degrees of freedom, 5 %: the figure could be one of ours
+
+
 def test_distractors_lie_on_the_hallway_only():
     config = Config(width=30, p_distractor=0.5, n_colours=3)
     layout = draw(config, np.random.default_rng(3), 500)
@@ -164,6 +168,12 @@ def test_distractors_lie_on_the_hallway_only():
     assert set(zip(x.tolist(), y.tolist(), strict=True)) == {(3, 5), (28, 2), (28, 6)}
     full = draw(Config(width=30, p_distractor=1.0), np.random.default_rng(3), 20)
     assert (full.distractors > 0).all()
+
+
+def test_it_shows_floor_walls_and_the_agent_only():
+    tiles = Config(width=30).generate(np.random.default_rng(0), 50)["tiles"]
+    assert Config.n_codes == N_FLOOR_CODES
+    assert set(np.unique(tiles)) == set(range(N_FLOOR_CODES))
 
 
 def test_grid_has_the_documented_walls():
@@ -246,6 +256,8 @@ def test_misuse_of_the_environment():
     wrong: Any = "text"
     with pytest.raises(ConfigError, match="observation is 'tiles' or 'pixels'"):
         DistractingMemory(observation=wrong)
+    with pytest.raises(ConfigError, match="render_mode is 'ansi' or 'rgb_array', got 'human'"):
+        Config().build(render_mode="human")
 
 
 @pytest.mark.parametrize(
@@ -284,43 +296,13 @@ def test_same_seed_same_bytes_and_pinned():
     assert digest(3) == "566598f26f274bda"
 
 
-def test_every_code_has_its_own_picture_and_is_read_back():
-    assert atlas().shape == (N_CODES, 8, 8, 3)
-    assert len({picture.tobytes() for picture in atlas()}) == N_CODES
-    assert not atlas().flags.writeable
-    codes = np.arange(N_CODES, dtype=np.uint8).reshape(1, 2, N_CODES // 2)
-    pixels = render(codes)
-    assert pixels.shape == (1, 16, 4 * N_CODES, 3)
-    assert pixels.dtype == np.uint8
-    for code in range(N_CODES):
-        row, column = divmod(code, N_CODES // 2)
-        tile = pixels[0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-        assert (tile == atlas()[code]).all()
-    assert (codes_from_pixels(pixels) == codes).all()
-    noisy = pixels + np.random.default_rng(0).normal(0, 20, pixels.shape)
-    assert (codes_from_pixels(noisy) == codes).all()
-
-
-def test_pictures_look_as_described():
-    centre = atlas()[:, 4, 4].astype(int)
-    assert (centre[EMPTY] == 0).all()
-    assert len(set(centre[WALL].tolist())) == 1
-    assert centre[WALL, 0] > 50
-    assert (atlas()[FIRST_AGENT:, 4, 4] == (255, 0, 0)).all()
-    assert (atlas()[EMPTY, 0, :] > 0).all()
-    assert (atlas()[EMPTY, 1:, 1:] == 0).all()
-    right, down, left, up = atlas()[FIRST_AGENT : FIRST_AGENT + 4, :, :, 0].astype(int)
-    assert right[:, :4].sum() > right[:, 4:].sum()  # the base of the triangle is behind
-    assert left[:, 4:].sum() > left[:, :4].sum()
-    assert down[:4].sum() > down[4:].sum()
-    assert up[4:].sum() > up[:4].sum()
-
-
-def test_agent_codes_cover_floor_and_heading():
-    floors = np.array([EMPTY, *range(FIRST_COLOUR, FIRST_AGENT)], dtype=np.uint8)
-    codes = agent_code(floors[:, None], np.arange(4, dtype=np.uint8))
-    assert codes.ravel().tolist() == list(range(FIRST_AGENT, N_CODES))
-    assert len(floors) == 1 + len(COLOURS)
+def test_the_view_as_text():
+    env = DistractingMemory(Config(width=12, p_distractor=0.0), render_mode="ansi")
+    env.reset(seed=0)
+    view = env.render()
+    assert isinstance(view, str)
+    room, walls = "##        ", "##########"
+    assert view.splitlines() == [room, walls, "    >     ", walls, room]
 
 
 def test_these_rooms_do_not_import_torch():

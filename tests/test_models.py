@@ -13,7 +13,7 @@ from recollect.core.errors import ConfigError
 from recollect.core.layer import LayerConfig
 from recollect.core.state import index_batch
 from recollect.envs import DistractingMemory
-from recollect.envs.tiles import N_CODES, render
+from recollect.envs.tiles import N_FLOOR_CODES, render
 from recollect.eval.imagination import dream
 from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
@@ -45,7 +45,7 @@ def world_model(kind: str = "gru", vision: VisionConfig | None = None, **changes
     config = WorldModel.Config(
         n_actions=3,
         backbone=backbone(kind),
-        vision=vision or Tiles(n_codes=N_CODES, hidden=32),
+        vision=vision or Tiles(n_codes=N_FLOOR_CODES, hidden=32),
         latent=LatentConfig(groups=4, classes=8),
         hidden=32,
         **changes,
@@ -153,7 +153,10 @@ class TestLatent:
             LatentConfig(groups=2, classes=1)
 
 
-VISIONS: dict[str, VisionConfig] = {"tiles": Tiles(n_codes=N_CODES, hidden=16), "pixels": Pixels(size=40, depth=4)}
+VISIONS: dict[str, VisionConfig] = {
+    "tiles": Tiles(n_codes=N_FLOOR_CODES, hidden=16),
+    "pixels": Pixels(size=40, depth=4),
+}
 
 
 @pytest.mark.parametrize("name", VISIONS)
@@ -207,7 +210,7 @@ class TestWorldModel:
         context = DistractingMemory.Config(width=11).context_length
         batch = Batch(batch.observation, batch.action.float(), batch.reward.float(), batch.is_first)
         spoiled = batch.observation.clone()
-        spoiled[:, context:] = N_CODES - 1 - spoiled[:, context:]
+        spoiled[:, context:] = N_FLOOR_CODES - 1 - spoiled[:, context:]
         clean = dream(model, batch, context, torch.Generator().manual_seed(0))
         other = dream(model, batch._replace(observation=spoiled), context, torch.Generator().manual_seed(0))
         # The dream samples after the whole episode was inferred, so both consume the same random numbers.

@@ -11,11 +11,15 @@ from typing import Any
 from recollect.core.errors import ConfigError, nearest
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv
 from recollect.envs.distracting_memory import DistractingMemory
+from recollect.envs.multi_doors_keys import MultiDoorsKeys
 
 ENVS: dict[str, EnvConfig] = {
     "distracting-memory-100": DistractingMemory.Config(100),
     "distracting-memory-200": DistractingMemory.Config(200),
     "distracting-memory-400": DistractingMemory.Config(400),
+    "multi-doors-keys-3": MultiDoorsKeys.Config(3),
+    "multi-doors-keys-5": MultiDoorsKeys.Config(5),
+    "multi-doors-keys-7": MultiDoorsKeys.Config(7),
 }
 """What each environment is by default; sizes are the config's, to be replaced: ``replace(config, width=50)``."""
 
@@ -37,4 +41,4 @@ def register() -> None:
             gymnasium.register(id=f"recollect/{name}-v0", entry_point=build)
 
 
-__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "MemoryEnv", "find", "register"]
+__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "MemoryEnv", "MultiDoorsKeys", "find", "register"]

@@ -30,6 +30,8 @@ class EnvConfig(Config, ABC):
     """What action 0, 1, ... is called."""
     observation: ClassVar[Observation]
     """The key of ``Frames`` that holds what is seen: codes of ``envs.tiles``, or pictures (h, w, 3) uint8."""
+    n_codes: ClassVar[int] = 0
+    """Where tiles are seen: the codes of ``envs.tiles`` below this number are all that can be."""
     block_episodes: ClassVar[int] = 256
     """Episodes drawn from one random stream. Part of the data's definition: another number gives other episodes."""
 

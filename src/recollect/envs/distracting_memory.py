@@ -34,22 +34,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium import spaces
 
 from recollect.core.errors import ConfigError
-from recollect.envs.base import EnvConfig, Frames, MemoryEnv, Observation
-from recollect.envs.tiles import COLOURS, EMPTY, FIRST_COLOUR, N_CODES, TILE_PIXELS, WALL, Bytes, agent_code, render
+from recollect.envs.base import Frames
+from recollect.envs.grid_world import FORWARD, LEFT, MARGIN, RIGHT, STEPS, VIEW, GridConfig, GridWorld, in_margin, views
+from recollect.envs.tiles import COLOURS, EMPTY, FIRST_COLOUR, N_FLOOR_CODES, WALL, Bytes, agent_code
 
 HEIGHT, MIDDLE = 9, 4
-VIEW, MARGIN = 5, 2
 MIN_WIDTH = 11
-LEFT, RIGHT, FORWARD = range(3)
 CUE = (3, MIDDLE + 1)
-_STEPS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])
-"""(x, y) of one step forward, by heading."""
 
 
 class Layout(NamedTuple):
@@ -75,16 +70,15 @@ class Script(NamedTuple):
     heading: Bytes
 
 
-class DistractingMemory(MemoryEnv):
+class DistractingMemory(GridWorld):
     """The environment, for stepping. ``generate`` makes scripted episodes many times faster.
 
-    Actions: 0 turn left, 1 turn right, 2 forward (into a wall: nothing happens). Observations: tile codes (5, 5) uint8
-    with ``observation="tiles"``, pictures (40, 40, 3) uint8 with ``"pixels"``. Truncated after twice the length of the
-    scripted episode. ``reset(options={"layout": Layout})`` plays the first episode of a given layout.
+    Actions: 0 turn left, 1 turn right, 2 forward (into a wall: nothing happens). Observations and ends as every
+    ``GridWorld``. ``reset(options={"layout": Layout})`` plays the first episode of a given layout.
     """
 
     @dataclass(frozen=True)
-    class Config(EnvConfig, kind="distracting-memory"):
+    class Config(GridConfig, kind="distracting-memory"):
         """Remember a colour across a hallway of coloured floor, ``width`` tiles long with its walls.
 
         Raises ConfigError for a width below 11 (the cue would be seen from the start), a probability outside 0..1, or
@@ -92,7 +86,7 @@ class DistractingMemory(MemoryEnv):
         """
 
         actions: ClassVar[tuple[str, ...]] = ("left", "right", "forward")
-        observation: ClassVar[Observation] = "tiles"
+        n_codes: ClassVar[int] = N_FLOOR_CODES
 
         width: int = 100
         p_distractor: float = 0.5
@@ -121,11 +115,6 @@ class DistractingMemory(MemoryEnv):
             """Frames from there to an object, width // 2 + 1."""
             return self.width // 2 + 1
 
-        @property
-        def observation_shape(self) -> tuple[int, ...]:
-            """5 x 5 tiles."""
-            return (VIEW, VIEW)
-
         def build(self, *, pixels: bool = False, render_mode: str | None = None) -> DistractingMemory:
             """The environment, for stepping."""
             return DistractingMemory(self, observation="pixels" if pixels else "tiles", render_mode=render_mode)
@@ -138,9 +127,6 @@ class DistractingMemory(MemoryEnv):
             """``reward``: how often the reward at the object is what its colour and the cue's, both seen, foretell."""
             return {"reward": float((foretold(self, frames) == frames["reward"][:, -1]).mean())}
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own form)
-    observation_kinds: ClassVar[tuple[str, ...]] = ("tiles", "pixels")
-
     def __init__(
         self,
         config: Config | None = None,
@@ -148,57 +134,19 @@ class DistractingMemory(MemoryEnv):
         observation: Literal["tiles", "pixels"] = "tiles",
         render_mode: str | None = None,
     ) -> None:
-        if observation not in self.observation_kinds:
-            raise ConfigError(f"distracting-memory: observation is 'tiles' or 'pixels', got '{observation}'")
         self.config = DistractingMemory.Config() if config is None else config
-        self.observation = observation
-        self.render_mode = render_mode
-        self.action_space = spaces.Discrete(self.config.n_actions)
-        self.observation_space: spaces.Space[Any]
-        if observation == "tiles":
-            self.observation_space = spaces.MultiDiscrete(np.full((VIEW, VIEW), N_CODES), dtype=np.uint8)
-        else:
-            side = VIEW * TILE_PIXELS
-            self.observation_space = spaces.Box(0, 255, (side, side, 3), np.uint8)
-        self._layout: Layout | None = None
-        self._over = True
+        super().__init__(self.config, observation, render_mode)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Bytes, dict[str, Any]]:
         """A new episode from the environment's own generator, or from ``options["layout"]``."""
         super().reset(seed=seed)
         given = (options or {}).get("layout")
         self._layout = draw(self.config, self.np_random, 1) if given is None else Layout(*(part[:1] for part in given))
-        self._ground = paint(self.config, self._layout)[0]
-        self._x, self._y, self._heading, self._steps, self._over = self.config.start, MIDDLE, 0, 0, False
-        return self._observe(), {}
-
-    def step(self, action: np.int64 | int) -> tuple[Bytes, float, bool, bool, dict[str, Any]]:
-        """One action. Raises ResetNeeded after the end of an episode, InvalidAction outside 0..2."""
-        if self._over or self._layout is None:
-            raise gymnasium.error.ResetNeeded("distracting-memory: call reset() before step()")
-        if not self.action_space.contains(action):
-            raise gymnasium.error.InvalidAction(f"distracting-memory: action must be 0, 1 or 2, got {action!r}")
-        if action == FORWARD:
-            x, y = self._x + int(_STEPS[self._heading][0]), self._y + int(_STEPS[self._heading][1])
-            if self._ground[y + MARGIN, x + MARGIN] != WALL:
-                self._x, self._y = x, y
-        else:
-            self._heading = (self._heading + (1 if action == RIGHT else -1)) % 4
-        self._steps += 1
-        reached = self._x == self.config.width - 2 and abs(self._y - MIDDLE) == 2
-        reward = float(reached and self._layout.objects[0, int(self._y > MIDDLE)] == self._layout.cue[0])
-        truncated = not reached and self._steps >= 2 * self.config.episode_length
-        self._over = reached or truncated
-        return self._observe(), reward, reached, truncated, {}
-
-    def render(self) -> Bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The agent's view (40, 40, 3) in mode ``rgb_array``; None without a render mode."""
-        return None if self.render_mode is None else render(self._view())
+        return self._begin(paint(self.config, self._layout)[0], self.config.start, MIDDLE)
 
     def hidden_state(self) -> dict[str, Any]:
         """What the observation does not show: position (x, y), heading, colours of cue and objects, and the goal."""
-        if self._layout is None:
-            raise gymnasium.error.ResetNeeded("distracting-memory: call reset() before hidden_state()")
+        self._known()
         return {
             "position": (self._x, self._y),
             "heading": self._heading,
@@ -211,13 +159,13 @@ class DistractingMemory(MemoryEnv):
         """The actions (episode_length - 1,) of the scripted policy from the start of this episode to its goal."""
         return script(self.config).action[self.hidden_state()["goal"], 1:]
 
-    def _view(self) -> Bytes:
-        view = self._ground[self._y : self._y + VIEW, self._x : self._x + VIEW].copy()
-        view[MARGIN, MARGIN] = agent_code(view[MARGIN, MARGIN], self._heading)
-        return view
+    def _use(self, action: int, x: int, y: int) -> None:
+        """There is nothing to use."""
 
-    def _observe(self) -> Bytes:
-        return self._view() if self.observation == "tiles" else render(self._view())
+    def _outcome(self) -> tuple[float, bool]:
+        reached = self._x == self.config.width - 2 and abs(self._y - MIDDLE) == 2
+        matches = self._layout.objects[0, int(self._y > MIDDLE)] == self._layout.cue[0]
+        return float(reached and matches), reached
 
 
 def generate(config: DistractingMemory.Config, rng: np.random.Generator, n_episodes: int) -> Frames:
@@ -251,9 +199,7 @@ def paint(config: DistractingMemory.Config, layout: Layout) -> Bytes:
     grid[[MIDDLE - 2, MIDDLE + 2], :5] = WALL
     grid[[MIDDLE - 1, MIDDLE + 1], 4:-2] = WALL
     grid[:, -3] = WALL
-    ground = np.full((len(layout.cue), HEIGHT + 2 * MARGIN, config.width + 2 * MARGIN), WALL, dtype=np.uint8)
-    inner = ground[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    inner[:] = grid
+    ground, inner = in_margin(grid, len(layout.cue))
     hall = layout.distractors
     inner[:, MIDDLE, 4:-2] = np.where(hall == 0, EMPTY, hall + (FIRST_COLOUR - 1))
     inner[:, CUE[1], CUE[0]] = layout.cue + FIRST_COLOUR
@@ -273,7 +219,7 @@ def script(config: DistractingMemory.Config) -> Script:
         rows.append([(0, x, y, heading)])
         for action in [*context, *[FORWARD] * to_right, turn, FORWARD, FORWARD]:
             if action == FORWARD:
-                x, y = x + int(_STEPS[heading][0]), y + int(_STEPS[heading][1])
+                x, y = x + int(STEPS[heading][0]), y + int(STEPS[heading][1])
             else:
                 heading = (heading + (1 if action == RIGHT else -1)) % 4
             rows[-1].append((action, x, y, heading))
@@ -288,14 +234,10 @@ def play(config: DistractingMemory.Config, layout: Layout) -> Frames:
     """The scripted episodes of a layout, with the keys of ``generate``."""
     n, T = len(layout.cue), config.episode_length
     ground, moves, goal = paint(config, layout), script(config), layout.goal
-    window = np.arange(VIEW, dtype=np.int64)
     tiles = np.empty((n, T, VIEW, VIEW), dtype=np.uint8)
     for side in (0, 1):
         rows = np.flatnonzero(goal == side)
-        y = moves.y[side][:, None, None] + window[:, None]
-        x = moves.x[side][:, None, None] + window
-        index = y * ground.shape[2] + x
-        tiles[rows] = ground[rows].reshape(len(rows), ground[0].size).take(index, axis=1)
+        tiles[rows] = views(ground[rows], moves.x[side], moves.y[side])
     tiles[:, :, MARGIN, MARGIN] = agent_code(tiles[:, :, MARGIN, MARGIN], moves.heading[goal])
 
     first, last = np.zeros((n, T), dtype=np.bool_), np.zeros((n, T), dtype=np.bool_)
@@ -326,7 +268,7 @@ def foretold(config: DistractingMemory.Config, frames: Frames) -> npt.NDArray[np
     rows, window = np.arange(n)[:, None, None], np.arange(VIEW)
     for t in range(config.episode_length):
         action = frames["action"][:, t].astype(np.int64) if t else np.full(n, LEFT)
-        moved = (action == FORWARD)[:, None] * _STEPS[heading]
+        moved = (action == FORWARD)[:, None] * STEPS[heading]
         x, y = x + moved[:, 0], y + moved[:, 1]
         if t:
             heading = (heading + (action == RIGHT) - (action == LEFT)) % 4

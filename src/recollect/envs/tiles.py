@@ -1,29 +1,37 @@
 """Tile codes of the grid worlds, and their pictures.
 
-A grid world is stored as small integers, one per visible tile, and drawn when it is read. What a code means:
+A grid world is stored as small integers, one per visible tile, and drawn when it is read. What a code means, for the
+C = 4 colours of ``COLOURS``:
 
 ==========================  =======================================================================
 code                        tile
 ==========================  =======================================================================
 0                           empty floor
 1                           wall
-2 .. 1 + C                  floor of colour 0 .. C - 1, for the C = 4 colours of ``COLOURS``
-2 + C + 4 g + d             the agent heading d, on empty floor (g = 0) or on floor of colour g - 1
+2 .. 5                      floor of colour 0 .. 3
+6 + 4 g + d                 the agent heading d, on empty floor (g = 0) or on floor of colour g - 1
+26 .. 29                    locked door of colour 0 .. 3
+30 .. 33                    open door of colour 0 .. 3
+34 .. 37                    key of colour 0 .. 3
+38 + 4 c + d                the agent heading d, in an open door of colour c
 ==========================  =======================================================================
 
-A tile is 8 x 8 pixels. The atlas is drawn once, at eight times that size, and averaged down.
+The first ``N_FLOOR_CODES`` = 26 are all that a world without doors shows.
+
+A tile is 8 x 8 pixels and looks as MiniGrid draws it at that size: ``atlas.npy`` beside this file holds the pictures
+of all codes, made once by MiniGrid's own renderer (``bench/pictures/make_atlas.py``), which is not needed to read them.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-Mask: TypeAlias = npt.NDArray[np.bool_]
 
 COLOURS = ("green", "blue", "purple", "yellow")
 HEADINGS = ("right", "down", "left", "up")
@@ -31,37 +39,26 @@ HEADINGS = ("right", "down", "left", "up")
 
 EMPTY, WALL, FIRST_COLOUR = 0, 1, 2
 FIRST_AGENT = FIRST_COLOUR + len(COLOURS)
-N_CODES = FIRST_AGENT + 4 * (1 + len(COLOURS))
+N_FLOOR_CODES = FIRST_AGENT + 4 * (1 + len(COLOURS))
+FIRST_LOCKED = N_FLOOR_CODES
+FIRST_OPEN = FIRST_LOCKED + len(COLOURS)
+FIRST_KEY = FIRST_OPEN + len(COLOURS)
+FIRST_AGENT_IN_DOOR = FIRST_KEY + len(COLOURS)
+N_CODES = FIRST_AGENT_IN_DOOR + 4 * len(COLOURS)
 TILE_PIXELS = 8
 
-_SUPERSAMPLING = 8
-_RGB = {
-    "floor": (0, 0, 0),
-    "line": (100, 100, 100),
-    "wall": (110, 110, 110),
-    "agent": (255, 0, 0),
-    "green": (30, 190, 60),
-    "blue": (40, 80, 240),
-    "purple": (140, 50, 200),
-    "yellow": (240, 215, 30),
-}
 
-
-def agent_code(floor: Bytes, heading: Bytes | int) -> Bytes:
-    """Code of an agent heading 0..3 that stands on the floor with the given code (empty or coloured, not a wall)."""
-    ground = np.maximum(floor, WALL) - WALL  # empty 0, colour c: c + 1
-    return (FIRST_AGENT + 4 * ground + heading).astype(np.uint8)
+def agent_code(floor: Bytes, heading: npt.NDArray[np.integer] | int) -> Bytes:
+    """Code of an agent heading 0..3 that stands on the tile of the given code: empty or coloured floor, or an open
+    door. Nobody stands on anything else.
+    """
+    return (_first_agent()[floor] + heading).astype(np.uint8)
 
 
 @cache
 def atlas() -> Bytes:
     """Pictures of all codes (N_CODES, 8, 8, 3), read-only."""
-    floors = [_floor("floor"), *(_floor(name) for name in COLOURS)]
-    with_agent = [_with_agent(floor, heading) for floor in floors for heading in range(4)]
-    wall = np.full_like(floors[0], _RGB["wall"])
-    large = np.stack([floors[0], wall, *floors[1:], *with_agent])
-    n, s = TILE_PIXELS, _SUPERSAMPLING
-    pictures = large.reshape(N_CODES, n, s, n, s, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+    pictures: Bytes = np.load(Path(__file__).with_name("atlas.npy"), allow_pickle=False)
     pictures.setflags(write=False)
     return pictures
 
@@ -90,25 +87,40 @@ def codes_from_pixels(pixels: npt.NDArray[np.uint8 | np.floating]) -> Bytes:
     return distance.argmin(axis=-1).astype(np.uint8)
 
 
-def _coordinates() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Positions x and y in 0..1 of the sample points of one tile."""
-    size = TILE_PIXELS * _SUPERSAMPLING
-    centres = (np.arange(size, dtype=np.float64) + 0.5) / size
-    return np.broadcast_to(centres, (size, size)), np.broadcast_to(centres[:, None], (size, size))
+def text(codes: Bytes, *, colour: bool = True) -> str:
+    """Codes (h, w) for a terminal, two characters a tile: what it is, then the first letter of its colour.
+
+    ``##`` wall, ``:g`` floor, ``Dg`` locked door, ``|g`` open door, ``kg`` key, and ``> v < ^`` the agent over the
+    letter of what it stands on. With ``colour``, coloured tiles are also printed in their colour.
+    """
+    glyphs = _glyphs(colour)
+    return "\n".join("".join(glyphs[code] for code in row) for row in codes.tolist())
 
 
-def _floor(name: str) -> npt.NDArray[np.float64]:
-    """Floor of one colour, with a quarter pixel of grid line along the top and the left."""
-    x, y = _coordinates()
-    picture = np.empty((*x.shape, 3))
-    picture[:] = _RGB[name]
-    picture[np.minimum(x, y) < 1 / 32] = _RGB["line"]
-    return picture
+@cache
+def _first_agent() -> npt.NDArray[np.int64]:
+    """Code of the agent heading right, by the code of the tile below it."""
+    first = np.full(N_CODES, N_CODES, dtype=np.int64)
+    c = np.arange(len(COLOURS))
+    first[EMPTY] = FIRST_AGENT
+    first[FIRST_COLOUR + c] = FIRST_AGENT + 4 * (1 + c)
+    first[FIRST_OPEN + c] = FIRST_AGENT_IN_DOOR + 4 * c
+    return first
 
 
-def _with_agent(floor: npt.NDArray[np.float64], heading: int) -> npt.NDArray[np.float64]:
-    """A triangle with its tip at the heading, over the floor."""
-    x, y = _coordinates()
-    along, across = [(x, y), (y, x), (1 - x, y), (1 - y, x)][heading]
-    inside: Mask = (along > 0.14) & (np.abs(across - 0.5) < 0.34 * (0.88 - along) / 0.74)
-    return np.where(inside[..., None], np.array(_RGB["agent"], dtype=np.float64), floor)
+@cache
+def _glyphs(colour: bool) -> tuple[str, ...]:
+    escapes = {"green": "\033[42;30m", "blue": "\033[44;37m", "purple": "\033[45;37m", "yellow": "\033[43;30m"}
+
+    def paint(glyphs: str, name: str) -> str:
+        return f"{escapes[name]}{glyphs}\033[0m" if colour else glyphs
+
+    def each(glyph: str) -> list[str]:
+        return [paint(glyph + name[0], name) for name in COLOURS]
+
+    def agents(names: tuple[str, ...]) -> list[str]:
+        return [paint(glyph + name[0], name) for name in names for glyph in ">v<^"]
+
+    on_empty = [f"{glyph} " for glyph in ">v<^"]
+    doors = [*each("D"), *each("|"), *each("k")]
+    return ("  ", "##", *each(":"), *on_empty, *agents(COLOURS), *doors, *agents(COLOURS))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recollect.core.errors import RunError
-from recollect.envs.tiles import render
+from recollect.eval.pictures import render_on
 from recollect.models.world_model import Batch, WorldModel
 
 Bytes = npt.NDArray[np.uint8]
@@ -121,5 +121,4 @@ def save_strips(strips: dict[str, npt.NDArray[Any]], out: Path, *, scale: int = 
 
 def _picture(observation: Tensor) -> Bytes:
     """Pictures (n, T, H, W, 3) of tile codes (n, T, h, w), or the pictures themselves."""
-    array = observation.cpu().numpy()
-    return render(array) if array.ndim == 4 else array
+    return (render_on(observation) if observation.ndim == 4 else observation).cpu().numpy()

@@ -16,10 +16,11 @@ from recollect.core.config import fingerprint, to_dict
 from recollect.core.errors import ConfigError
 from recollect.core.files import locked
 from recollect.core.seeding import Streams
-from recollect.data import EpisodeStore, Windows, collect, observations
+from recollect.data import EpisodeStore, Windows, collect
 from recollect.envs.base import EnvConfig
-from recollect.envs.tiles import N_CODES, TILE_PIXELS
+from recollect.envs.tiles import TILE_PIXELS
 from recollect.eval.imagination import Dream, dream, save_strips, strip
+from recollect.eval.pictures import render_on
 from recollect.models.backbone import Backbone
 from recollect.models.latent import LatentConfig
 from recollect.models.vision import Pixels, Tiles
@@ -63,7 +64,7 @@ class WorldConfig(ProblemConfig, kind="world"):
     def model(self) -> WorldModel.Config:
         """The world model that fits the environment."""
         vision = (
-            Tiles(n_codes=N_CODES, hidden=self.hidden)
+            Tiles(n_codes=self.env.n_codes, hidden=self.hidden)
             if self.observation == "tiles"
             else Pixels(size=5 * TILE_PIXELS, depth=self.depth)
         )
@@ -141,9 +142,10 @@ class World(Problem):
 
     def _load(self, windows: Windows, numbers: npt.ArrayLike, device: torch.device) -> Batch:
         arrays = windows.batch_at(numbers)
-        seen = observations(arrays, self.config.observation)
-        fields = (seen, arrays["action"], arrays["reward"], arrays["is_first"])
-        return Batch(*(torch.from_numpy(array).to(device) for array in fields))
+        batch = Batch(*(torch.from_numpy(arrays[key]).to(device) for key in KEYS))
+        if self.config.observation == "tiles":
+            return batch
+        return batch._replace(observation=render_on(batch.observation))
 
     def _split(self, split: str) -> Windows:
         if split not in self._windows:
