@@ -43,7 +43,7 @@ def commands(code: str) -> list[list[str]]:
     return [line[1:] for line in words if line and line[0] == "recollect"]
 
 
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
