@@ -11,11 +11,21 @@ from typing import Any
 from recollect.core.errors import ConfigError, nearest
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv
 from recollect.envs.distracting_memory import DistractingMemory
+from recollect.envs.maze import Maze
+from recollect.envs.rooms import Rooms
 
 ENVS: dict[str, EnvConfig] = {
     "distracting-memory-100": DistractingMemory.Config(100),
     "distracting-memory-200": DistractingMemory.Config(200),
     "distracting-memory-400": DistractingMemory.Config(400),
+    "two-rooms": Rooms.Config("two"),
+    "four-rooms": Rooms.Config("four"),
+    "ten-rooms": Rooms.Config("ten"),
+    "two-rooms-teleport": Rooms.Config("two", teleport=True),
+    "four-rooms-teleport": Rooms.Config("four", teleport=True),
+    "ten-rooms-teleport": Rooms.Config("ten", teleport=True),
+    "maze-9x9": Maze.Config(9),
+    "maze-15x15": Maze.Config(15),
 }
 """What each environment is by default; sizes are the config's, to be replaced: ``replace(config, width=50)``."""
 
@@ -37,4 +47,4 @@ def register() -> None:
             gymnasium.register(id=f"recollect/{name}-v0", entry_point=build)
 
 
-__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "MemoryEnv", "find", "register"]
+__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "Maze", "MemoryEnv", "Rooms", "find", "register"]

@@ -134,9 +134,11 @@ class Maze(FirstPerson):
     def step(self, action: np.int64 | int) -> tuple[Bytes, float, bool, bool, dict[str, Any]]:
         """One action. Raises ResetNeeded after the end of an episode, InvalidAction outside 0..5."""
         from recollect.envs.maze.policy import touch
+        from recollect.envs.rooms.compiled import plain
 
         truncated = self._move(action)
-        target = int(touch(self._state, self._episode.scene.domes[0], self._target, self._draws))
+        domes = self._episode.scene.domes[0]
+        target = int(touch(self._state, plain(domes, np.float32), self._target, self._draws))
         reward, self._target = float(target != self._target), target
         return self._picture(), reward, False, truncated, {}
 
@@ -170,7 +172,7 @@ def draw(config: Maze.Config, rng: np.random.Generator, n: int) -> Episodes:
 def script(config: Maze.Config, episodes: Episodes, *, threads: int = 1) -> Script:
     """What the policy does; about half a microsecond a frame."""
     from recollect.envs.maze.policy import play_maze
-    from recollect.envs.rooms.compiled import over_rows
+    from recollect.envs.rooms.compiled import over_rows, plain
 
     n, T = len(episodes.start), config.episode_length
     found = Script(
@@ -179,7 +181,13 @@ def script(config: Maze.Config, episodes: Episodes, *, threads: int = 1) -> Scri
         np.zeros((n, T), dtype=np.uint8),
         np.zeros((n, T), dtype=np.float32),
     )
-    given = (episodes.start, episodes.target, episodes.streams, config.noise, episodes.scene.grid, episodes.scene.domes)
+    found.states[:, 0, :3], found.targets[:, 0] = episodes.start, episodes.target
+    given = (
+        episodes.streams.astype(np.uint64),
+        config.noise,
+        plain(episodes.scene.grid, np.uint8),
+        plain(episodes.scene.domes, np.float32),
+    )
     over_rows(n, threads, lambda begin, end: play_maze(begin, end, *given, *found))
     return found
 

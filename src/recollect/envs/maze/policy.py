@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from recollect.envs.rooms.compiled import Array, compiled
+from recollect.envs.rooms.compiled import Array, compiled, inner
 from recollect.envs.rooms.dice import between, chance
 from recollect.envs.rooms.motion import (
     BALL,
@@ -21,8 +21,7 @@ from recollect.envs.rooms.motion import (
     LEFT,
     NOOP,
     RIGHT,
-    STATE,
-    advance,
+    step,
 )
 from recollect.envs.rooms.scene import FIRST_WALL, RADIUS
 
@@ -41,7 +40,7 @@ def touch(state: Array, domes: Array, target: int, stream: Array) -> int:
     return other if other < target else other + 1
 
 
-@compiled
+@inner
 def _distances(grid: Array, goal_y: int, goal_x: int, far: Array, queue: Array) -> None:
     """Steps from every cell of the grid to the goal; -1 for walls."""
     far[:] = -1
@@ -59,7 +58,7 @@ def _distances(grid: Array, goal_y: int, goal_x: int, far: Array, queue: Array) 
                 tail += 1
 
 
-@compiled
+@inner
 def _heading_for(state: Array, far: Array) -> float:
     """How far to the left the middle of the next cell on the way lies, in radians."""
     cy, cx = int(math.floor(state[1])) + 1, int(math.floor(state[0])) + 1
@@ -76,8 +75,6 @@ def _heading_for(state: Array, far: Array) -> float:
 def play_maze(
     begin: int,
     end: int,
-    starts: Array,
-    first: Array,
     seeds: Array,
     noise: float,
     grid: Array,
@@ -87,16 +84,14 @@ def play_maze(
     targets: Array,
     rewards: Array,
 ) -> None:
-    """Episodes begin .. end - 1, from poses ``starts`` (n, 3), targets ``first`` (n,) and streams ``seeds`` (n, 2) of
-    the policy and of the targets. Filled are ``states`` (n, T, 5), ``actions``, ``targets``, ``rewards`` (n, T).
+    """Episodes begin .. end - 1, with streams ``seeds`` (n, 2) of the policy and of the targets.
+
+    ``states`` (n, T, 5), ``actions``, ``targets`` and ``rewards`` (n, T) are filled from their first step on.
     """
     height, width = grid.shape[1:]
     far, queue = np.empty((height, width), dtype=np.int64), np.empty((height * width, 2), dtype=np.int64)
     for i in range(begin, end):
-        stream, draws = seeds[i, 0:1].copy(), seeds[i, 1:2].copy()
-        for k in range(STATE):
-            states[i, 0, k] = starts[i, k] if k < 3 else 0.0
-        actions[i, 0], targets[i, 0], rewards[i, 0] = NOOP, first[i], 0.0
+        stream, draws = seeds[i, 0:1], seeds[i, 1:2]
         reached = True
         for t in range(1, states.shape[1]):
             state = states[i, t - 1]
@@ -122,7 +117,6 @@ def play_maze(
                 elif off < -_AIM:
                     action = FORWARD_RIGHT
             actions[i, t] = action
-            states[i, t] = state
-            advance(states[i, t], action, grid[i])
+            step(states[i], t, action, grid[i])
             targets[i, t] = touch(states[i, t], domes[i], targets[i, t - 1], draws)
             rewards[i, t] = 1.0 if targets[i, t] != targets[i, t - 1] else 0.0

@@ -13,19 +13,32 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 Array = np.ndarray[Any, Any]
 
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+
 def compiled(function: F) -> F:
     """Compile ``function`` at its first call, without the GIL."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
-        return cast(F, numba.njit(cache=True, **options)(function))
+        return cast(F, numba.njit(cache=True, **_OPTIONS)(function))
     except RuntimeError:  # no folder to keep compiled code in
-        return cast(F, numba.njit(**options)(function))
+        return cast(F, numba.njit(**_OPTIONS)(function))
+
+
+def inner(function: F) -> F:
+    """A function that only compiled ones call: it is kept with them, and not made callable from Python."""
+    return cast(F, numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function))
+
+
+def plain(array: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
+    """The array as compiled code knows it, so that it is compiled once: contiguous and writable. Copies if it must."""
+    return np.require(array, dtype, ["C", "W"])
 
 
 def over_rows(n_rows: int, threads: int, run: Callable[[int, int], None]) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from recollect.envs.rooms.compiled import Array, compiled
+from recollect.envs.rooms.compiled import Array, inner
 
 _STEP, _A, _B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-@compiled
+@inner
 def roll(stream: Array) -> int:
     """The next 53 random bits of a stream (1,) uint64, as a number below 2^53."""
     stream[0] = stream[0] + _STEP
@@ -22,13 +22,13 @@ def roll(stream: Array) -> int:
     return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(11))
 
 
-@compiled
+@inner
 def between(stream: Array, low: int, high: int) -> int:
     """An integer of low .. high, both included."""
     return low + roll(stream) % (high - low + 1)
 
 
-@compiled
+@inner
 def chance(stream: Array) -> float:
     """A number of 0 .. 1, 1 excluded."""
     return roll(stream) * (1.0 / 9007199254740992.0)

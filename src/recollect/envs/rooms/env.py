@@ -153,23 +153,36 @@ def draw(config: Rooms.Config, rng: np.random.Generator, n: int) -> Episodes:
 
 def script(config: Rooms.Config, episodes: Episodes, *, threads: int = 1) -> Script:
     """What the policy does; about half a microsecond a frame."""
-    from recollect.envs.rooms.compiled import over_rows
+    from recollect.envs.rooms.compiled import over_rows, plain
+    from recollect.envs.rooms.motion import NOOP
     from recollect.envs.rooms.policy import ATTEMPTS, play_rooms
 
     n, T, plan = len(episodes.start), config.episode_length, config.layout
+    walked = config.context_length - 1 if config.teleport else T
     schedule = np.array(config.schedule.switches, dtype=np.int64)
-    found = Script(
-        np.zeros((n, T, 5)),
-        np.zeros((n, T), dtype=np.uint8),
-        np.zeros((n, len(schedule)), dtype=np.int64),
-        np.zeros(n, dtype=np.int64),
+    states, actions = np.zeros((n, walked, 5)), np.zeros((n, walked), dtype=np.uint8)
+    states[:, 0, :3] = episodes.start
+    switches, attempts = np.zeros((n, len(schedule)), dtype=np.int64), np.zeros(n, dtype=np.int64)
+    given = (
+        np.array([room_of(plan, pose[None, :2])[0] for pose in episodes.start], dtype=np.int64),
+        episodes.stream.astype(np.uint64),
+        plain(plan.rooms, np.int64),
+        plain(plan.ways, np.float64),
+        schedule,
+        plain(episodes.scene.grid, np.uint8),
     )
-    replayed = config.query_length if config.teleport else 0
-    given = (episodes.start, episodes.stream, plan.rooms, plan.ways, schedule, episodes.copied, replayed)
-    over_rows(n, threads, lambda begin, end: play_rooms(begin, end, *given, episodes.scene.grid, *found))
-    if found.attempts.max(initial=0) > ATTEMPTS:
+    found = (states, actions, switches, attempts)
+    over_rows(n, threads, lambda begin, end: play_rooms(begin, end, *given, *found))
+    if attempts.max(initial=0) > ATTEMPTS:
         raise ConfigError(f"rooms: the policy found no way in {ATTEMPTS} attempts; start in a room of the plan")
-    return found
+    if config.teleport:
+        again = episodes.copied[:, None] + np.arange(config.query_length + 1)
+        rows = np.arange(n)[:, None]
+        replayed = actions[rows, again]
+        replayed[:, 0] = NOOP
+        states = np.concatenate([states, states[rows, again]], axis=1)
+        actions = np.concatenate([actions, replayed], axis=1)
+    return Script(states, actions, switches, attempts)
 
 
 def play(config: Rooms.Config, episodes: Episodes) -> Frames:

@@ -5,15 +5,18 @@ The rolling ball of Memory Maze, idealised (MuJoCo's was measured once, the numb
 20/s; without them both go to zero at the same rates. So a step forward at full speed is a quarter of a cell, the first
 one about half of that and half of the last is rolled after letting go, and a turn is 18.4 degrees. An action lasts five
 sub-steps of 0.05 s: speed and yaw rate follow their exponentials exactly, and the ball moves along the mean heading. A
-ball of 0.1 cells is pushed out of walls it touches, along the shortest way, so it slides along them; what speed is left
-is how fast it came forward.
+ball of 0.1 cells is pushed out of walls it touches, along the shortest way; what speed is left is how fast it came
+forward. So it slides along walls, slowly unless it meets them at a small angle; MuJoCo's sticks to them and turns to
+face them.
 """
 
 from __future__ import annotations
 
 import math
 
-from recollect.envs.rooms.compiled import Array, compiled
+import numpy as np
+
+from recollect.envs.rooms.compiled import Array, compiled, inner
 from recollect.envs.rooms.scene import FIRST_WALL
 
 ACTIONS = ("noop", "forward", "left", "right", "forward_left", "forward_right")
@@ -29,36 +32,7 @@ _ROLL, _STEER = math.exp(-ROLL_RATE * SUBSTEP), math.exp(-STEER_RATE * SUBSTEP)
 _ROLLED, _STEERED = (1.0 - _ROLL) / ROLL_RATE, (1.0 - _STEER) / STEER_RATE
 
 
-@compiled
-def advance(state: Array, action: int, grid: Array) -> None:
-    """A quarter of a second, in place."""
-    drive = SPEED if action == FORWARD or action >= FORWARD_LEFT else 0.0
-    steer = 0.0
-    if action == LEFT or action == FORWARD_LEFT:
-        steer = YAW_RATE
-    elif action == RIGHT or action == FORWARD_RIGHT:
-        steer = -YAW_RATE
-    x, y, heading, speed, yaw = state[0], state[1], state[2], state[3], state[4]
-    for _ in range(SUBSTEPS):
-        turned = steer * SUBSTEP + (yaw - steer) * _STEERED
-        yaw = steer + (yaw - steer) * _STEER
-        rolled = drive * SUBSTEP + (speed - drive) * _ROLLED
-        speed = drive + (speed - drive) * _ROLL
-        cos, sin = math.cos(heading + 0.5 * turned), math.sin(heading + 0.5 * turned)
-        heading += turned
-        new_x, new_y = _out_of_walls(x + rolled * cos, y + rolled * sin, grid)
-        if rolled > 1e-9:
-            came = ((new_x - x) * cos + (new_y - y) * sin) / rolled
-            speed *= min(max(came, 0.0), 1.0)
-        x, y = new_x, new_y
-    if heading > math.pi:
-        heading -= 2.0 * math.pi
-    elif heading < -math.pi:
-        heading += 2.0 * math.pi
-    state[0], state[1], state[2], state[3], state[4] = x, y, heading, speed, yaw
-
-
-@compiled
+@inner
 def _out_of_walls(x: float, y: float, grid: Array) -> tuple[float, float]:
     """The nearest place where the ball touches no wall; twice, for corners."""
     for _ in range(2):
@@ -76,9 +50,38 @@ def _out_of_walls(x: float, y: float, grid: Array) -> tuple[float, float]:
     return x, y
 
 
+@inner
+def step(states: Array, t: int, action: int, grid: Array) -> None:
+    """Row t of ``states`` (T, 5): a quarter of a second after row t - 1."""
+    drive = SPEED if action == FORWARD or action >= FORWARD_LEFT else 0.0
+    steer = 0.0
+    if action == LEFT or action == FORWARD_LEFT:
+        steer = YAW_RATE
+    elif action == RIGHT or action == FORWARD_RIGHT:
+        steer = -YAW_RATE
+    x, y, heading = states[t - 1, 0], states[t - 1, 1], states[t - 1, 2]
+    speed, yaw = states[t - 1, 3], states[t - 1, 4]
+    for _ in range(SUBSTEPS):
+        turned = steer * SUBSTEP + (yaw - steer) * _STEERED
+        yaw = steer + (yaw - steer) * _STEER
+        rolled = drive * SUBSTEP + (speed - drive) * _ROLLED
+        speed = drive + (speed - drive) * _ROLL
+        cos, sin = math.cos(heading + 0.5 * turned), math.sin(heading + 0.5 * turned)
+        heading += turned
+        new_x, new_y = _out_of_walls(x + rolled * cos, y + rolled * sin, grid)
+        if rolled > 1e-9:
+            came = ((new_x - x) * cos + (new_y - y) * sin) / rolled
+            speed *= min(max(came, 0.0), 1.0)
+        x, y = new_x, new_y
+    if heading > math.pi:
+        heading -= 2.0 * math.pi
+    elif heading < -math.pi:
+        heading += 2.0 * math.pi
+    states[t, 0], states[t, 1], states[t, 2], states[t, 3], states[t, 4] = x, y, heading, speed, yaw
+
+
 @compiled
 def replay(states: Array, actions: Array, grid: Array) -> None:
-    """Fill ``states`` (T, 5) from its first row, ``actions[t]`` leading to row t."""
+    """Fill ``states`` (T, 5) from its first row; ``actions[t]`` (T,) uint8 leads to row t."""
     for t in range(1, len(states)):
-        states[t] = states[t - 1]
-        advance(states[t], actions[t], grid)
+        step(states, t, np.int64(actions[t]), grid)

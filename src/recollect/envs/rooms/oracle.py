@@ -8,6 +8,7 @@ import numpy.typing as npt
 from recollect.envs.base import Frames
 from recollect.envs.rooms.renderer import nothing_seen, render
 from recollect.envs.rooms.scene import BRIGHT_FLOOR, DOME_RGB, FIRST_WALL, Bytes, Floats, Scene
+from recollect.envs.rooms.textures import NO_WALL
 
 _NOWHERE = -1e3
 
@@ -47,19 +48,19 @@ def _world(frames: Frames, i: int) -> Scene:
     """The scene of an episode, from the keys for probes."""
     rgb = frames["targets_color"][i, 0]
     colours = np.abs(rgb[:, None] - DOME_RGB).sum(axis=-1).argmin(axis=-1).astype(np.uint8)
-    return Scene(frames["cells"][i, :1], frames["targets_pos"][i, :1], colours[None])
+    return Scene(np.array(frames["cells"][i, :1]), np.array(frames["targets_pos"][i, :1]), colours[None])
 
 
 def _imagined(scene: Scene, cells: npt.NDArray[np.bool_], domes: npt.NDArray[np.bool_]) -> tuple[Scene, Scene]:
     """The scene as noted, twice, filled up in different ways."""
-    inside = np.full_like(scene.grid, FIRST_WALL + 1)
-    inside[:, 1:-1, 1:-1] = BRIGHT_FLOOR
+    open_ = np.full_like(scene.grid, FIRST_WALL)
+    open_[:, 1:-1, 1:-1] = BRIGHT_FLOOR
     hidden = np.where(domes[..., None], scene.domes, np.float32(_NOWHERE))
     other = np.where(domes, scene.colours, (scene.colours + 1) % len(DOME_RGB)).astype(np.uint8)
-    walled = np.where(cells, scene.grid, FIRST_WALL).astype(np.uint8)
+    walled = np.where(cells, scene.grid, NO_WALL).astype(np.uint8)
     return (
         Scene(walled, hidden, scene.colours),
-        Scene(np.where(cells, scene.grid, inside).astype(np.uint8), scene.domes, other),
+        Scene(np.where(cells, scene.grid, open_).astype(np.uint8), scene.domes, other),
     )
 
 
@@ -67,7 +68,7 @@ def _reckoned(frames: Frames, i: int, scene: Scene, context: int, teleports: boo
     """States (T, 5) from the first pose and the actions."""
     from recollect.envs.rooms.motion import replay
 
-    actions = frames["action"][i].astype(np.int64)
+    actions = np.array(frames["action"][i])
     states = np.zeros((len(actions), 5))
     states[0] = [*frames["agent_pos"][i, 0], frames["heading"][i, 0], 0.0, 0.0]
     if not teleports:
@@ -79,7 +80,7 @@ def _reckoned(frames: Frames, i: int, scene: Scene, context: int, teleports: boo
     return states
 
 
-def _recognised(image: Bytes, actions: npt.NDArray[np.int64], context: int) -> int:
+def _recognised(image: Bytes, actions: Bytes, context: int) -> int:
     """The earlier frame that looks like the context's last one, and whose next actions are the query's."""
     same = np.flatnonzero((image[: context - 1] == image[context - 1]).all(axis=(1, 2, 3)))
     query = actions[context:]

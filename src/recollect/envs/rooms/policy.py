@@ -12,9 +12,9 @@ import math
 
 import numpy as np
 
-from recollect.envs.rooms.compiled import Array, compiled
-from recollect.envs.rooms.dice import between
-from recollect.envs.rooms.motion import FORWARD, LEFT, NOOP, RIGHT, STATE, advance
+from recollect.envs.rooms.compiled import Array, compiled, inner
+from recollect.envs.rooms.dice import between, roll
+from recollect.envs.rooms.motion import FORWARD, LEFT, RIGHT, step
 
 MAX_MOVES, MAX_TURNS = 25, 14
 ATTEMPTS = 10_000
@@ -23,108 +23,43 @@ _COS_AIM = math.cos(math.radians(10.0))
 _ROOM, _NEAR = 3.0, 1.0
 
 
-@compiled
-def _away_from(toward: float) -> int:
-    """The turn that leads away sooner from a wall, given the cross product of its direction and the heading."""
-    return LEFT if toward >= 0.0 else RIGHT
-
-
-@compiled
-def _ahead(state: Array, room: Array) -> tuple[float, float]:
+@inner
+def _ahead(states: Array, t: int, left: float, low: float) -> tuple[float, float]:
     """For x and y: -1 or 1 where a wall of the room is near on that side and lies ahead, else 0."""
-    x, y = state[0] - room[0], state[1] - room[1]
-    dx, dy = math.cos(state[2]), math.sin(state[2])
+    x, y = states[t, 0] - left, states[t, 1] - low
+    dx, dy = math.cos(states[t, 2]), math.sin(states[t, 2])
     near_x = -1.0 if x < _NEAR and dx < 0 else 1.0 if x > _ROOM - _NEAR and dx > 0 else 0.0
     near_y = -1.0 if y < _NEAR and dy < 0 else 1.0 if y > _ROOM - _NEAR and dy > 0 else 0.0
     return near_x, near_y
 
 
-@compiled
-def _explore(states: Array, actions: Array, t: int, until: int, room: Array, grid: Array, stream: Array) -> int:
-    """From step t to step ``until``; returns it, or -1 where the attempt is given up."""
-    if t >= until:
-        return -1
-    turning = between(stream, 1, 3) != 1
-    while True:
-        action = FORWARD
-        if not turning:
-            steps = between(stream, 2, 4)
-        else:
-            near_x, near_y = _ahead(states[t], room)
-            dx, dy = math.cos(states[t, 2]), math.sin(states[t, 2])
-            if near_x != 0.0 and near_y != 0.0:
-                action, steps = between(stream, LEFT, RIGHT), between(stream, 8, 12)
-            elif near_x != 0.0:
-                action, steps = _away_from(near_x * dy), between(stream, 5, 7)
-            elif near_y != 0.0:
-                action, steps = _away_from(-near_y * dx), between(stream, 5, 7)
-            else:
-                action, steps = between(stream, LEFT, RIGHT), between(stream, 0, 2)
-        for _ in range(steps):
-            t += 1
-            actions[t] = action
-            states[t] = states[t - 1]
-            advance(states[t], action, grid)
-            if t == until:
-                return t
-            if action == FORWARD:
-                x, y = states[t, 0] - room[0], states[t, 1] - room[1]
-                if not (0.0 <= x <= _ROOM and 0.0 <= y <= _ROOM):
-                    return -1
-                near_x, near_y = _ahead(states[t], room)
-                if near_x != 0.0 or near_y != 0.0:
-                    break
-        turning = not turning
+@inner
+def _turn(states: Array, t: int, left: float, low: float, stream: Array) -> tuple[int, int]:
+    """Which way to turn, and for how many steps. From one wall alone it is the way that leads off it sooner."""
+    near_x, near_y = _ahead(states, t, left, low)
+    if near_x != 0.0 and near_y != 0.0:
+        return between(stream, LEFT, RIGHT), between(stream, 8, 12)
+    if near_x == 0.0 and near_y == 0.0:
+        return between(stream, LEFT, RIGHT), between(stream, 0, 2)
+    across = near_x * math.sin(states[t, 2]) - near_y * math.cos(states[t, 2])
+    return (LEFT if across >= 0.0 else RIGHT), between(stream, 5, 7)
 
 
-@compiled
-def _toward(states: Array, actions: Array, t: int, last: int, x: float, y: float, grid: Array) -> int:
-    """One move towards (x, y), after turning to it; the step it ends at, or -1."""
-    dx, dy = x - states[t, 0], y - states[t, 1]
-    length = math.sqrt(dx * dx + dy * dy)
-    if length < 1e-9:
-        return -1
-    dx, dy = dx / length, dy / length
-    left = math.sin(states[t, 2]) * dx - math.cos(states[t, 2]) * dy < 0.0
-    turns = 0
-    while True:
-        aimed = math.cos(states[t, 2]) * dx + math.sin(states[t, 2]) * dy >= _COS_AIM
-        if t >= last or (not aimed and turns >= MAX_TURNS):
-            return -1
-        t += 1
-        turns += 1
-        actions[t] = FORWARD if aimed else LEFT if left else RIGHT
-        states[t] = states[t - 1]
-        advance(states[t], actions[t], grid)
-        if aimed:
-            return t
-
-
-@compiled
-def _switch(states: Array, actions: Array, t: int, last: int, way: Array, grid: Array) -> int:
-    """Through the doorway that ``way`` (see ``Layout.ways``) describes; the step it ends at, or -1."""
+@inner
+def _reached(states: Array, t: int, way: Array, waypoint: int) -> bool:
+    """Whether the first (1) or the second (2) waypoint of ``way`` (see ``Layout.ways``) is reached."""
     lateral = int(way[2])
-    moves = 0
-    while abs(states[t, lateral] - way[3]) >= 0.5:
-        moves += 1
-        t = _toward(states, actions, t, last, way[0], way[1], grid) if moves <= MAX_MOVES else -1
-        if t < 0:
-            return -1
-    moves = 0
-    while (states[t, 1 - lateral] - way[6]) * way[7] < 0.0:
-        moves += 1
-        t = _toward(states, actions, t, last, way[4], way[5], grid) if moves <= MAX_MOVES else -1
-        if t < 0:
-            return -1
-    return t
+    if waypoint == 2:
+        return (states[t, 1 - lateral] - way[6]) * way[7] >= 0.0
+    return abs(states[t, lateral] - way[3]) < 0.5
 
 
-@compiled
+@inner
 def _walk(
     states: Array,
     actions: Array,
     last: int,
-    first_room: int,
+    room: int,
     rooms: Array,
     ways: Array,
     schedule: Array,
@@ -132,61 +67,96 @@ def _walk(
     stream: Array,
     switches: Array,
 ) -> bool:
-    """One attempt at steps 1 .. ``last``; False where it is given up."""
-    turn, t, room = between(stream, 0, 1), 0, first_room
-    for k in range(len(schedule)):
+    """One attempt at steps 1 .. ``last``; False where it is given up.
+
+    It is written as one loop over steps, with one call of the motion: compiling it takes a fraction of the time.
+    """
+    ring, n = roll(stream) % 2, len(schedule)
+    for k in range(n):
         switches[k] = between(stream, schedule[k, 0], schedule[k, 1])
-    for k in range(len(schedule)):
-        t = _explore(states, actions, t, switches[k], rooms[room], grid, stream)
-        if t < 0:
-            return False
-        t = _switch(states, actions, t, last, ways[room, turn], grid)
-        if t < 0:
-            return False
-        room = int(ways[room, turn, 8])
-    return _explore(states, actions, t, last, rooms[room], grid, stream) == last
+    done, until = 0, switches[0] if n > 0 else last
+    waypoint = 0  # 0: exploring, else on the way to the first or second one
+    turning, steps = between(stream, 1, 3) == 1, 0  # of exploring: what was done before, and for how many more steps
+    moves, turns = 0, 0  # of switching: towards the waypoint, and within the move
+    side, dx, dy = LEFT, 0.0, 0.0
+    for t in range(1, last + 1):
+        left, low = rooms[room, 0], rooms[room, 1]
+        if waypoint == 0:
+            while steps == 0:
+                turning = not turning
+                if turning:
+                    side, steps = _turn(states, t - 1, left, low, stream)
+                else:
+                    steps = between(stream, 2, 4)
+            steps -= 1
+            action = side if turning else FORWARD
+        else:
+            cos, sin = math.cos(states[t - 1, 2]), math.sin(states[t - 1, 2])
+            if turns == 0:
+                dx = ways[room, ring, 4 * waypoint - 4] - states[t - 1, 0]
+                dy = ways[room, ring, 4 * waypoint - 3] - states[t - 1, 1]
+                length = max(math.sqrt(dx * dx + dy * dy), 1e-9)
+                dx, dy = dx / length, dy / length
+                side = LEFT if sin * dx - cos * dy < 0.0 else RIGHT
+            aimed = cos * dx + sin * dy >= _COS_AIM
+            if moves >= MAX_MOVES or (not aimed and turns >= MAX_TURNS):
+                return False
+            turns = 0 if aimed else turns + 1
+            moves += 1 if aimed else 0
+            action = FORWARD if aimed else side
+
+        actions[t] = action
+        step(states, t, action, grid)
+
+        if waypoint == 0 and t == until:
+            waypoint, moves, turns = 1, 0, 0
+            if done == n:
+                return True
+        elif waypoint == 0 and not turning:
+            x, y = states[t, 0] - left, states[t, 1] - low
+            if not (0.0 <= x <= _ROOM and 0.0 <= y <= _ROOM):
+                return False
+            near_x, near_y = _ahead(states, t, left, low)
+            if near_x != 0.0 or near_y != 0.0:
+                steps = 0
+        if waypoint == 1 and turns == 0 and _reached(states, t, ways[room, ring], waypoint):
+            waypoint, moves = 2, 0
+        if waypoint == 2 and turns == 0 and _reached(states, t, ways[room, ring], waypoint):
+            room, done = int(ways[room, ring, 8]), done + 1
+            until = switches[done] if done < n else last
+            if t >= until:
+                return False
+            waypoint, turning, steps = 0, between(stream, 1, 3) == 1, 0
+    return False
 
 
 @compiled
 def play_rooms(
     begin: int,
     end: int,
-    starts: Array,
+    first: Array,
     seeds: Array,
     rooms: Array,
     ways: Array,
     schedule: Array,
-    copied: Array,
-    replayed: int,
     grid: Array,
     states: Array,
     actions: Array,
     switches: Array,
     attempts: Array,
 ) -> None:
-    """Episodes begin .. end - 1, from poses ``starts`` (n, 3) and streams ``seeds`` (n,). Filled are ``states`` (n, T, 5),
-    ``actions`` (n, T), ``switches`` (n, K), when rooms were left, and ``attempts`` (n,), how often it was tried, above
-    ``ATTEMPTS`` where in vain. ``schedule`` (K, 2) bounds the switches. With ``replayed`` above 0 a teleport leads back
-    to frame ``copied`` (n,), and the last ``replayed`` frames are what followed that.
+    """Episodes begin .. end - 1, from the poses in ``states[:, 0]`` in rooms ``first`` (n,), with streams ``seeds`` (n,).
+
+    Filled are the rest of ``states`` (n, T, 5), ``actions`` (n, T), ``switches`` (n, K), when rooms were left, and
+    ``attempts`` (n,), how often it was tried: above ``ATTEMPTS`` where in vain. ``schedule`` (K, 2) bounds the switches.
     """
-    n_frames = states.shape[1]
-    last = n_frames - 1 if replayed == 0 else n_frames - 2 - replayed
+    last = states.shape[1] - 1
     for i in range(begin, end):
-        stream = seeds[i : i + 1].copy()
-        room = 0
-        for r in range(len(rooms)):
-            x, y = starts[i, 0] - rooms[r, 0], starts[i, 1] - rooms[r, 1]
-            if 0.0 <= x <= _ROOM and 0.0 <= y <= _ROOM:
-                room = r
-        for k in range(STATE):
-            states[i, 0, k] = starts[i, k] if k < 3 else 0.0
-        actions[i, 0] = NOOP
-        attempts[i] = 1
-        while not _walk(states[i], actions[i], last, room, rooms, ways, schedule, grid[i], stream, switches[i]):
+        stream = seeds[i : i + 1]
+        attempts[i] = 0
+        through = False
+        while not through and attempts[i] <= ATTEMPTS:
             attempts[i] += 1
-            if attempts[i] > ATTEMPTS:
-                return
-        if replayed > 0:
-            for k in range(replayed + 1):
-                states[i, last + 1 + k] = states[i, copied[i] + k]
-                actions[i, last + 1 + k] = actions[i, copied[i] + k] if k > 0 else np.uint8(NOOP)
+            through = _walk(
+                states[i], actions[i], last, first[i], rooms, ways, schedule, grid[i], stream, switches[i]
+            )

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from recollect.envs.rooms.compiled import Array, compiled
+from recollect.envs.rooms.compiled import Array, compiled, inner
 from recollect.envs.rooms.scene import (
     CAMERA_AHEAD,
     CAMERA_HEIGHT,
@@ -26,7 +26,7 @@ SIDE = 0.82
 _F = np.float32
 
 
-@compiled
+@inner
 def _start_of(level: int) -> int:
     """Where a level of a pattern begins."""
     start, size = 0, TEXELS * TEXELS
@@ -36,7 +36,7 @@ def _start_of(level: int) -> int:
     return start
 
 
-@compiled
+@inner
 def _level_of(texels: float) -> int:
     """The level at which ``texels`` of the finest become about one."""
     level = 0
@@ -46,14 +46,14 @@ def _level_of(texels: float) -> int:
     return level
 
 
-@compiled
+@inner
 def _paint(pixel: Array, tint: Array, value: float, share: float) -> None:
     """Mix a wall or floor of the given pattern value into a pixel."""
     for k in range(3):
         pixel[k] += share * (tint[0, k] + value * tint[1, k])
 
 
-@compiled
+@inner
 def _floor_at(pattern: Array, start: int, size: int, x: float, y: float) -> float:
     """The floor's pattern at (x, y), between texels; it repeats with every cell."""
     fx, fy = _F(x * size - 0.5), _F(y * size - 0.5)
@@ -66,7 +66,7 @@ def _floor_at(pattern: Array, start: int, size: int, x: float, y: float) -> floa
     return top + ay * (bottom - top)
 
 
-@compiled
+@inner
 def _cast(grid: Array, x: float, y: float, dx: float, dy: float, crossed: Array) -> tuple[float, bool, int, int]:
     """Follow a ray to the first wall: its distance in lengths of (dx, dy), whether that faces along y, its cell."""
     ix, iy = int(math.floor(x)), int(math.floor(y))
@@ -89,7 +89,7 @@ def _cast(grid: Array, x: float, y: float, dx: float, dy: float, crossed: Array)
             return distance, along_y, iy, ix
 
 
-@compiled
+@inner
 def render_walls(
     pose: Array, grid: Array, patterns: Array, tints: Array, sky: Array, crossed: Array, depth: Array, out: Array
 ) -> None:
@@ -160,7 +160,7 @@ def render_walls(
                 out[row, column, k] = np.uint8(tint[0, k] + value * tint[1, k] + _F(0.5))
 
 
-@compiled
+@inner
 def render_domes(pose: Array, domes: Array, rgb: Array, depth: Array, visible: Array, out: Array) -> None:
     """Domes over what is drawn, the farthest first. They have one size and never touch, so that order is depth."""
     n = domes.shape[0]
@@ -188,7 +188,7 @@ def render_domes(pose: Array, domes: Array, rgb: Array, depth: Array, visible: A
         _render_dome(aside[i], ahead[i], rgb[i], depth, visible[i : i + 1], out)
 
 
-@compiled
+@inner
 def _render_dome(cx: float, cz: float, rgb: Array, depth: Array, visible: Array, out: Array) -> None:
     """One dome ``cx`` to the right and ``cz`` ahead of the camera, where neither floor nor wall hides it."""
     near, beyond = max(cz - RADIUS, 0.02), cz + RADIUS

@@ -40,11 +40,11 @@ def render(
     match, or a camera outside the grid.
     """
     from recollect.envs.rooms import raycast
-    from recollect.envs.rooms.compiled import over_rows
+    from recollect.envs.rooms.compiled import over_rows, plain
 
-    poses = np.ascontiguousarray(poses, dtype=np.float64)
+    poses = plain(poses, np.float64)
     n, height, width = scene.grid.shape
-    rows = np.arange(len(poses)) if index is None else np.asarray(index, dtype=np.int64)
+    rows = plain(np.arange(len(poses)) if index is None else index, np.int64)
     if poses.ndim != 2 or poses.shape[1] != 3 or rows.shape != poses.shape[:1]:
         raise ConfigError(f"render: poses are (m, 3) and index (m,), got {poses.shape} and {rows.shape}")
     if len(poses) and not (0 <= rows.min() and rows.max() < n):
@@ -55,12 +55,13 @@ def render(
     if seen is None:
         seen = nothing_seen(scene)
     made, out = textures(), np.empty((len(poses), SIZE, SIZE, 3), dtype=np.uint8)
-    rgb = 255.0 * DOME_RGB[scene.colours]
+    grid, domes = plain(scene.grid, np.uint8), plain(scene.domes, np.float32)
+    rgb = plain(255.0 * DOME_RGB[scene.colours], np.float32)
     over_rows(
         len(poses),
         threads,
         lambda begin, end: raycast.render_frames(
-            begin, end, poses, rows, scene.grid, scene.domes, rgb, *made, seen.cells, seen.domes, out
+            begin, end, poses, rows, grid, domes, rgb, *made, seen.cells, seen.domes, out
         ),
     )
     return out
@@ -68,4 +69,4 @@ def render(
 
 def nothing_seen(scene: Scene) -> Seen:
     """What is known before the first picture."""
-    return Seen(np.zeros_like(scene.grid), np.zeros_like(scene.colours))
+    return Seen(np.zeros(scene.grid.shape, dtype=np.uint8), np.zeros(scene.colours.shape, dtype=np.uint8))

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from recollect.envs.rooms.scene import SIZE
+from recollect.envs.rooms.scene import FIRST_WALL, SIZE
 
 TEXELS = 64
 LEVELS = 7
 WALL_COLOURS = ("blue", "cerise", "mint", "green", "purple", "coral", "red", "yellow")
+NO_WALL = FIRST_WALL + len(WALL_COLOURS)
 
 _WALL_RGB = [
     (38, 126, 214),
@@ -40,7 +41,8 @@ class Textures(NamedTuple):
     patterns: npt.NDArray[np.float32]
     """(3, texels of all levels): the floor, and two of walls."""
     tints: npt.NDArray[np.float32]
-    """(2 + walls, 2, 3): by code of a grid, the colour in 0..255 of pattern 0, and what pattern 1 adds to it."""
+    """(3 + walls, 2, 3): by code of a grid, the colour in 0..255 of pattern 0, and what pattern 1 adds to it. The last
+    one is black, as no wall is: ``NO_WALL`` stands for what is not known."""
     sky: npt.NDArray[np.float32]
     """(SIZE, 3) colour in 0..255 of every row."""
 
@@ -49,8 +51,8 @@ class Textures(NamedTuple):
 def textures() -> Textures:
     """The textures, drawn once."""
     patterns = np.stack([_pyramid(_tiles()), _pyramid(_panels(2)), _pyramid(_panels(3))])
-    light = np.array([*_FLOOR_RGB, *_WALL_RGB], dtype=np.float64)
-    dark = light * np.array([0.55, 0.55, *[0.22] * len(_WALL_RGB)])[:, None]
+    light = np.array([*_FLOOR_RGB, *_WALL_RGB, (0, 0, 0)], dtype=np.float64)
+    dark = light * np.where(np.arange(len(light)) < FIRST_WALL, 0.55, 0.22)[:, None]
     tints = np.stack([dark, light - dark], axis=1)
     height = np.linspace(1.0, 0.0, SIZE)[:, None] ** 1.5
     sky = np.array(_HORIZON_RGB) * (1 - height) + np.array(_ZENITH_RGB) * height

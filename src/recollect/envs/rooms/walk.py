@@ -79,13 +79,16 @@ class FirstPerson(MemoryEnv):
 
     def _move(self, action: np.int64 | int) -> bool:
         """One action; whether the episode is over. Raises ResetNeeded after its end, InvalidAction outside 0..5."""
-        from recollect.envs.rooms.motion import advance
+        from recollect.envs.rooms.compiled import plain
+        from recollect.envs.rooms.motion import replay
 
         if self._over or self._scene is None:
             raise gymnasium.error.ResetNeeded(f"{self.name}: call reset() before step()")
         if not self.action_space.contains(action):
             raise gymnasium.error.InvalidAction(f"{self.name}: action must lie in 0..{len(ACTIONS) - 1}, got {action!r}")
-        advance(self._state, int(action), self._scene.grid[0])
+        states = np.stack([self._state, self._state])
+        replay(states, np.array([0, action], dtype=np.uint8), plain(self._scene.grid[0], np.uint8))
+        self._state = states[1]
         self._steps += 1
         self._over = self._steps >= self._length - 1
         return self._over
