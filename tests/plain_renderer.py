@@ -82,7 +82,10 @@ def trace(scene: Scene, pose: tuple[float, float, float], row: float, column: fl
             footprint = max(0.7 / max(abs(along), 0.02), 1 / WALL_HEIGHT) * t / FOCAL * TEXELS
             value = sample(1 + code % 2, py if axis == 0 else px, 1 - z / WALL_HEIGHT, footprint, clamped=True)
             tint, bright = made.tints[code], (1.0, 0.82)[axis]
-            wall = (("wall", int(iy), int(ix), axis), [bright * float(tint[0, k] + value * tint[1, k]) for k in range(3)])
+            wall = (
+                ("wall", int(iy), int(ix), axis),
+                [bright * float(tint[0, k] + value * tint[1, k]) for k in range(3)],
+            )
     if first < best and wall is not None:
         best, (name, colour) = first, wall
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plain_renderer import trace, within_one_surface
 
+from plain_renderer import trace, within_one_surface
 from recollect.core.errors import ConfigError
 from recollect.envs.rooms.layouts import draw_scenes, layout
 from recollect.envs.rooms.motion import (

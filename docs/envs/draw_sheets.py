@@ -27,7 +27,7 @@ PAPER, INK = (24, 26, 30), (225, 228, 232)
 def plan(frames: dict[str, Any], context: int, height: int, labels: list[int]) -> Image.Image:
     """The world from above, and the walk of episode 0."""
     cells = frames["cells"][0, 0]
-    rows, columns = cells.shape
+    rows = len(cells)
     scale = max(height // rows, 8)
     tints = textures().tints
     colours = tints[:, 0] + 0.85 * tints[:, 1]

@@ -56,9 +56,7 @@ def draw_plan(rng: np.random.Generator, size: int, rules: RoomRules, least_rooms
     return Plan(cells, rooms)
 
 
-def draw_scenes(
-    rng: np.random.Generator, n: int, size: int, rules: RoomRules, n_targets: int
-) -> tuple[Scene, Floats]:
+def draw_scenes(rng: np.random.Generator, n: int, size: int, rules: RoomRules, n_targets: int) -> tuple[Scene, Floats]:
     """n mazes with a target in each of ``n_targets`` rooms, a colour for each of nine blocks of walls, and where to
     start: the middle of a cell of a room without a target in it, any heading, (n, 3).
     """
@@ -147,9 +145,7 @@ def _fill_blind_ends(region: npt.NDArray[np.int64]) -> None:
     while True:
         free = region != 0
         ways = np.zeros(region.shape, dtype=np.int64)
-        ways[1:-1, 1:-1] = (
-            free[2:, 1:-1].astype(int) + free[:-2, 1:-1] + free[1:-1, 2:].astype(int) + free[1:-1, :-2]
-        )
+        ways[1:-1, 1:-1] = free[2:, 1:-1].astype(int) + free[:-2, 1:-1] + free[1:-1, 2:].astype(int) + free[1:-1, :-2]
         blind = free & (ways <= 1)
         if not blind.any():
             return

@@ -61,7 +61,7 @@ def _distances(grid: Array, goal_y: int, goal_x: int, far: Array, queue: Array) 
 @inner
 def _heading_for(state: Array, far: Array) -> float:
     """How far to the left the middle of the next cell on the way lies, in radians."""
-    cy, cx = int(math.floor(state[1])) + 1, int(math.floor(state[0])) + 1
+    cy, cx = math.floor(state[1]) + 1, math.floor(state[0]) + 1
     best_y, best_x = cy, cx
     for k in range(4):
         ny, nx = cy + (k == 0) - (k == 1), cx + (k == 2) - (k == 3)
@@ -95,7 +95,7 @@ def play_maze(
         reached = True
         for t in range(1, states.shape[1]):
             state = states[i, t - 1]
-            cy, cx = int(math.floor(state[1])) + 1, int(math.floor(state[0])) + 1
+            cy, cx = math.floor(state[1]) + 1, math.floor(state[0]) + 1
             while reached or far[cy, cx] == 0:
                 reached = False
                 gy, gx = between(stream, 1, height - 2), between(stream, 1, width - 2)

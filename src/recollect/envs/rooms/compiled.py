@@ -33,7 +33,8 @@ def compiled(function: F) -> F:
 
 def inner(function: F) -> F:
     """A function that only compiled ones call: it is kept with them, and not made callable from Python."""
-    return cast(F, numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function))
+    options = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(F, numba.njit(**options)(function))
 
 
 def plain(array: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:

@@ -5,6 +5,8 @@ An episode's stream is one number, so what happens in it does not depend on the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from recollect.envs.rooms.compiled import Array, inner
@@ -19,7 +21,8 @@ def roll(stream: Array) -> int:
     z = stream[0]
     z = (z ^ (z >> np.uint64(30))) * _A
     z = (z ^ (z >> np.uint64(27))) * _B
-    return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(11))
+    bits: Any = np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(11))
+    return bits
 
 
 @inner

@@ -127,14 +127,14 @@ def draw_scenes(plan: Layout, rng: np.random.Generator, n: int) -> Scene:
 def draw_starts(plan: Layout, rng: np.random.Generator, n: int) -> Floats:
     """n poses (n, 3): the middle of a start cell, any heading."""
     cells = plan.start_cells[rng.integers(len(plan.start_cells), size=n)]
-    return np.column_stack([cells + 0.5, rng.uniform(-np.pi, np.pi, size=n)])
+    return np.column_stack([cells + 0.5, rng.uniform(-np.pi, np.pi, size=n)]).astype(np.float64)
 
 
 def room_of(plan: Layout, position: Floats) -> Bytes:
     """The room of every position (T, 2) of a walk; in a doorway the one last stood in (at the start: 0)."""
     offset = position[:, None] - plan.rooms
-    inside = ((offset >= 0) & (offset <= ROOM)).all(axis=-1)
-    last = np.maximum.accumulate(np.where(inside.any(axis=1), np.arange(len(position)), 0))
+    inside: npt.NDArray[np.bool_] = np.logical_and(offset >= 0, offset <= ROOM).all(axis=-1)
+    last = np.maximum.accumulate(np.where(inside.any(axis=-1), np.arange(len(position)), 0))
     return inside.argmax(axis=1)[last].astype(np.uint8)
 
 

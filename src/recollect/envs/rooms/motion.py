@@ -13,6 +13,7 @@ face them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ _ROLLED, _STEERED = (1.0 - _ROLL) / ROLL_RATE, (1.0 - _STEER) / STEER_RATE
 def _out_of_walls(x: float, y: float, grid: Array) -> tuple[float, float]:
     """The nearest place where the ball touches no wall; twice, for corners."""
     for _ in range(2):
-        cx, cy = int(math.floor(x)) + 1, int(math.floor(y)) + 1
+        cx, cy = math.floor(x) + 1, math.floor(y) + 1
         for iy in range(max(cy - 1, 0), min(cy + 2, grid.shape[0])):
             for ix in range(max(cx - 1, 0), min(cx + 2, grid.shape[1])):
                 if grid[iy, ix] < FIRST_WALL or (ix == cx and iy == cy):
@@ -55,9 +56,9 @@ def step(states: Array, t: int, action: int, grid: Array) -> None:
     """Row t of ``states`` (T, 5): a quarter of a second after row t - 1."""
     drive = SPEED if action == FORWARD or action >= FORWARD_LEFT else 0.0
     steer = 0.0
-    if action == LEFT or action == FORWARD_LEFT:
+    if action in (LEFT, FORWARD_LEFT):
         steer = YAW_RATE
-    elif action == RIGHT or action == FORWARD_RIGHT:
+    elif action in (RIGHT, FORWARD_RIGHT):
         steer = -YAW_RATE
     x, y, heading = states[t - 1, 0], states[t - 1, 1], states[t - 1, 2]
     speed, yaw = states[t - 1, 3], states[t - 1, 4]
@@ -84,4 +85,5 @@ def step(states: Array, t: int, action: int, grid: Array) -> None:
 def replay(states: Array, actions: Array, grid: Array) -> None:
     """Fill ``states`` (T, 5) from its first row; ``actions[t]`` (T,) uint8 leads to row t."""
     for t in range(1, len(states)):
-        step(states, t, np.int64(actions[t]), grid)
+        action: Any = np.int64(actions[t])  # one type of action, one compilation of ``step``
+        step(states, t, action, grid)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from recollect.envs.rooms.compiled import Array, compiled, inner
 from recollect.envs.rooms.dice import between, roll
 from recollect.envs.rooms.motion import FORWARD, LEFT, RIGHT, step
@@ -145,10 +143,11 @@ def play_rooms(
     switches: Array,
     attempts: Array,
 ) -> None:
-    """Episodes begin .. end - 1, from the poses in ``states[:, 0]`` in rooms ``first`` (n,), with streams ``seeds`` (n,).
+    """Episodes begin .. end - 1, from poses ``states[:, 0]`` in rooms ``first`` (n,), with streams ``seeds`` (n,).
 
     Filled are the rest of ``states`` (n, T, 5), ``actions`` (n, T), ``switches`` (n, K), when rooms were left, and
-    ``attempts`` (n,), how often it was tried: above ``ATTEMPTS`` where in vain. ``schedule`` (K, 2) bounds the switches.
+    ``attempts`` (n,), how often it was tried: above ``ATTEMPTS`` where in vain. ``schedule`` (K, 2) bounds the
+    switches.
     """
     last = states.shape[1] - 1
     for i in range(begin, end):
@@ -157,6 +156,4 @@ def play_rooms(
         through = False
         while not through and attempts[i] <= ATTEMPTS:
             attempts[i] += 1
-            through = _walk(
-                states[i], actions[i], last, first[i], rooms, ways, schedule, grid[i], stream, switches[i]
-            )
+            through = _walk(states[i], actions[i], last, first[i], rooms, ways, schedule, grid[i], stream, switches[i])

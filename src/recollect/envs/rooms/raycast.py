@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ FOCAL = SIZE / 2 / math.tan(math.radians(FIELD_OF_VIEW / 2))
 HORIZON = SIZE / 2 - FOCAL * TILT
 SIDE = 0.82
 """Brightness of walls that face along y, where those that face along x have 1."""
-_F = np.float32
+_F: Any = np.float32
 
 
 @inner
@@ -69,7 +70,7 @@ def _floor_at(pattern: Array, start: int, size: int, x: float, y: float) -> floa
 @inner
 def _cast(grid: Array, x: float, y: float, dx: float, dy: float, crossed: Array) -> tuple[float, bool, int, int]:
     """Follow a ray to the first wall: its distance in lengths of (dx, dy), whether that faces along y, its cell."""
-    ix, iy = int(math.floor(x)), int(math.floor(y))
+    ix, iy = math.floor(x), math.floor(y)
     step_x, step_y = (1 if dx > 0 else -1), (1 if dy > 0 else -1)
     per_x = abs(1.0 / dx) if dx != 0.0 else 1e30
     per_y = abs(1.0 / dy) if dy != 0.0 else 1e30
@@ -121,7 +122,7 @@ def render_walls(
         v_step = _F(size / (bottom - top))
         v_first = _F((0.5 - top) * size / (bottom - top) - 0.5)
 
-        first, last = min(max(int(math.floor(top)), 0), SIZE), min(max(int(math.ceil(bottom)), 0), SIZE)
+        first, last = min(max(math.floor(top), 0), SIZE), min(max(math.ceil(bottom), 0), SIZE)
         for row in range(first):
             for k in range(3):
                 out[row, column, k] = np.uint8(sky[row, k] + _F(0.5))
@@ -145,7 +146,7 @@ def render_walls(
             if below > 0:
                 near = distance * 0.999
                 value = _floor_at(patterns[0], start, size, x + near * dx, y + near * dy)
-                code = grid[int(math.floor(y + near * dy)), int(math.floor(x + near * dx))]
+                code = grid[math.floor(y + near * dy), math.floor(x + near * dx)]
                 _paint(pixel, tints[code if code < FIRST_WALL else 0], value, below)
             for k in range(3):
                 out[row, column, k] = np.uint8(pixel[k])
@@ -167,7 +168,8 @@ def render_domes(pose: Array, domes: Array, rgb: Array, depth: Array, visible: A
     cos, sin = math.cos(pose[2]), math.sin(pose[2])
     x, y = pose[0] + CAMERA_AHEAD * cos, pose[1] + CAMERA_AHEAD * sin
     order = np.empty(n, dtype=np.int64)
-    ahead, aside, far = np.empty(n), np.empty(n), np.empty(n)
+    place: Any = np.empty((3, n))
+    ahead, aside, far = place[0], place[1], place[2]
     farthest = 0.0
     for column in range(SIZE):
         farthest = max(farthest, depth[column])
@@ -193,10 +195,10 @@ def _render_dome(cx: float, cz: float, rgb: Array, depth: Array, visible: Array,
     """One dome ``cx`` to the right and ``cz`` ahead of the camera, where neither floor nor wall hides it."""
     near, beyond = max(cz - RADIUS, 0.02), cz + RADIUS
     left, right = cx - RADIUS, cx + RADIUS
-    first = int(math.floor(SIZE / 2 + FOCAL * left / (near if left < 0 else beyond))) - 1
-    last = int(math.ceil(SIZE / 2 + FOCAL * right / (near if right > 0 else beyond))) + 1
-    top = int(math.floor(HORIZON + FOCAL * (CAMERA_HEIGHT - RADIUS) / beyond)) - 1
-    bottom = int(math.ceil(HORIZON + FOCAL * CAMERA_HEIGHT / near)) + 1
+    first = math.floor(SIZE / 2 + FOCAL * left / (near if left < 0 else beyond)) - 1
+    last = math.ceil(SIZE / 2 + FOCAL * right / (near if right > 0 else beyond)) + 1
+    top = math.floor(HORIZON + FOCAL * (CAMERA_HEIGHT - RADIUS) / beyond) - 1
+    bottom = math.ceil(HORIZON + FOCAL * CAMERA_HEIGHT / near) + 1
     cc = cx * cx + cz * cz + CAMERA_HEIGHT * CAMERA_HEIGHT
     for column in range(max(first, 0), min(last + 1, SIZE)):
         if depth[column] <= near:
@@ -217,7 +219,7 @@ def _render_dome(cx: float, cz: float, rgb: Array, depth: Array, visible: Array,
             if t <= 0.0 or t >= depth[column]:
                 continue
             # Where the dome meets the floor its edge is as soft as its outline.
-            share = min(min(share, (CAMERA_HEIGHT - t * down) * FOCAL / t + 0.5), 1.0)
+            share = min(share, (CAMERA_HEIGHT - t * down) * FOCAL / t + 0.5, 1.0)
             if share <= 0.0:
                 continue
             up = (CAMERA_HEIGHT - t * down) / RADIUS

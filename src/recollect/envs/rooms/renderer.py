@@ -47,7 +47,7 @@ def render(
     rows = plain(np.arange(len(poses)) if index is None else index, np.int64)
     if poses.ndim != 2 or poses.shape[1] != 3 or rows.shape != poses.shape[:1]:
         raise ConfigError(f"render: poses are (m, 3) and index (m,), got {poses.shape} and {rows.shape}")
-    if len(poses) and not (0 <= rows.min() and rows.max() < n):
+    if len(poses) and not (rows.min() >= 0 and rows.max() < n):
         raise ConfigError(f"render: index must lie in 0..{n - 1}, got {rows.min()}..{rows.max()}")
     inside = (poses[:, :2] > 0) & (poses[:, :2] < (width - 2, height - 2))
     if not (inside.all() and np.isfinite(poses).all()):

@@ -33,13 +33,10 @@ FLOOR, BRIGHT_FLOOR, FIRST_WALL = 0, 1, 2
 """Codes of a grid: two floors, then a wall of each colour."""
 
 DOME_COLOURS = ("red", "green", "blue", "purple", "yellow", "salmon")
-DOME_RGB = (
-    np.array(
-        [(170, 38, 30), (99, 170, 88), (39, 140, 217), (93, 105, 199), (220, 193, 59), (220, 128, 107)],
-        dtype=np.float32,
-    )
-    / 220
-)
+DOME_RGB: npt.NDArray[np.float32] = np.array(
+    [(170, 38, 30), (99, 170, 88), (39, 140, 217), (93, 105, 199), (220, 193, 59), (220, 128, 107)],
+    dtype=np.float32,
+) / np.float32(220)
 """In 0..1."""
 DOME_RGB.setflags(write=False)
 

@@ -26,9 +26,7 @@ def _every(period: int, early: int, n: int, forced: dict[int, int]) -> tuple[tup
 
 SCHEDULES: dict[tuple[RoomsName, bool], Schedule] = {
     ("two", False): Schedule(301, 200, _every(100, 20, 4, {2: 300})),
-    ("four", False): Schedule(
-        501, 500, (*_every(100, 20, 5, {4: 500}), (600, 625), (725, 750), (850, 875))
-    ),
+    ("four", False): Schedule(501, 500, (*_every(100, 20, 5, {4: 500}), (600, 625), (725, 750), (850, 875))),
     ("ten", False): Schedule(1101, 900, _every(100, 20, 19, {10: 1100})),
     ("two", True): Schedule(151, 100, ((65, 75),), (20, 49)),
     ("four", True): Schedule(301, 200, ((65, 75), (140, 150), (215, 225)), (30, 99)),

@@ -85,7 +85,9 @@ class FirstPerson(MemoryEnv):
         if self._over or self._scene is None:
             raise gymnasium.error.ResetNeeded(f"{self.name}: call reset() before step()")
         if not self.action_space.contains(action):
-            raise gymnasium.error.InvalidAction(f"{self.name}: action must lie in 0..{len(ACTIONS) - 1}, got {action!r}")
+            raise gymnasium.error.InvalidAction(
+                f"{self.name}: action must lie in 0..{len(ACTIONS) - 1}, got {action!r}"
+            )
         states = np.stack([self._state, self._state])
         replay(states, np.array([0, action], dtype=np.uint8), plain(self._scene.grid[0], np.uint8))
         self._state = states[1]
