@@ -19,16 +19,19 @@ from recollect.envs.rooms import Rooms
 from recollect.envs.rooms.scene import BRIGHT_FLOOR, FIRST_WALL, RADIUS
 from recollect.envs.rooms.textures import textures
 
-SHOT, GAP, TITLE = 96, 6, 22
+SHOT, GAP, TITLE = 112, 6, 24
+PLAN = 320
+"""Least height of a plan."""
 CONTEXT, QUERY = (255, 255, 255), (255, 150, 40)
 PAPER, INK = (24, 26, 30), (225, 228, 232)
 
 
-def plan(frames: dict[str, Any], context: int, height: int, labels: list[int]) -> Image.Image:
+def plan(frames: dict[str, Any], context: int, labels: list[int]) -> Image.Image:
     """The world from above, and the walk of episode 0."""
     cells = frames["cells"][0, 0]
     rows = len(cells)
-    scale = max(height // rows, 8)
+    scale = PLAN // rows if rows > 6 else 44
+    scale = 44 if cells.shape[1] > 2 * rows else scale
     tints = textures().tints
     colours = tints[:, 0] + 0.85 * tints[:, 1]
     colours[:FIRST_WALL] = tints[:FIRST_WALL, 0] + 0.3 * tints[:FIRST_WALL, 1]
@@ -43,15 +46,15 @@ def plan(frames: dict[str, Any], context: int, height: int, labels: list[int]) -
         (left, top), (right, bottom) = place(x - RADIUS, y + RADIUS), place(x + RADIUS, y - RADIUS)
         draw.ellipse((left, top, right, bottom), fill=tuple((rgb * 255).astype(int)), outline=(0, 0, 0))
     walk = [place(x, y) for x, y in frames["agent_pos"][0]]
-    draw.line(walk[context - 1 :], fill=QUERY, width=1)
-    draw.line(walk[:context] if not teleported(frames, context) else walk[: context - 1], fill=CONTEXT, width=1)
+    draw.line(walk[: context - 1] if teleported(frames, context) else walk[:context], fill=CONTEXT, width=2)
+    draw.line(walk[context - 1 :], fill=QUERY, width=2)
     for t in labels:
         x, y = walk[t]
         dx, dy = frames["agent_dir"][0, t]
         colour = CONTEXT if t < context else QUERY
         draw.line((x, y, x + 12 * dx, y - 12 * dy), fill=colour, width=3)
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour, outline=(0, 0, 0))
-        draw.text((x + 5, y + 3), str(t), fill=colour, stroke_width=1, stroke_fill=(0, 0, 0))
+        draw.text((x + 6, y + 3), str(t), fill=colour, stroke_width=2, stroke_fill=(0, 0, 0))
     return picture
 
 
@@ -84,15 +87,17 @@ def panel(name: str, seed: int, columns: int = 8) -> Image.Image:
         same = (frames["image"][0, : context - 1] == frames["image"][0, context - 1]).all(axis=(1, 2, 3))
         after = [0, 1, 5, 10, 20, 40, 60, 90][: columns - 1]
         c = int(np.flatnonzero(same)[0])
+        marked = [0, c, context - 2, context - 1, total - 1]
         labels = [c - 1, *(c + k for k in after), context - 2, *(context - 1 + k for k in after)]
     else:
+        marked = [0, context - 1, total - 1]
         first = np.linspace(0, context - 1, columns).astype(int)
         labels = [*first.tolist(), *np.linspace(context, total - 1, columns).astype(int).tolist()]
     shots = strip(frames, context, labels, columns)
-    above = plan(frames, context, shots.height, labels)
+    above = plan(frames, context, marked)
     text = f"{name}    context {context} frames, query {config.query_length} (orange)"
     width = max(above.width + 2 * GAP + shots.width, 700)
-    wide = above.width > 460
+    wide = above.width > 2 * above.height
     height = above.height + shots.height + GAP if wide else max(above.height, shots.height)
     sheet = Image.new("RGB", (shots.width + 2 * GAP if wide else width, height + TITLE + GAP), PAPER)
     ImageDraw.Draw(sheet).text((GAP, 4), text, fill=INK)
@@ -115,7 +120,7 @@ def main() -> None:
     """Write both sheets."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     rooms = ["two-rooms", "four-rooms", "ten-rooms", "two-rooms-teleport", "four-rooms-teleport"]
-    stack([panel(name, 3) for name in rooms], folder / "rooms.png")
+    stack([panel(name, 3 + i) for i, name in enumerate(rooms)], folder / "rooms.png")
     stack([panel("maze-9x9", 1), panel("maze-15x15", 2)], folder / "mazes.png")
 
 

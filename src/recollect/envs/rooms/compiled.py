@@ -33,7 +33,7 @@ def compiled(function: F) -> F:
 
 def inner(function: F) -> F:
     """A function that only compiled ones call: it is kept with them, and not made callable from Python."""
-    options = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return cast(F, numba.njit(**options)(function))
 
 

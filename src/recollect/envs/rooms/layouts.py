@@ -133,7 +133,8 @@ def draw_starts(plan: Layout, rng: np.random.Generator, n: int) -> Floats:
 def room_of(plan: Layout, position: Floats) -> Bytes:
     """The room of every position (T, 2) of a walk; in a doorway the one last stood in (at the start: 0)."""
     offset = position[:, None] - plan.rooms
-    inside: npt.NDArray[np.bool_] = np.logical_and(offset >= 0, offset <= ROOM).all(axis=-1)
+    within = (offset >= 0) & (offset <= ROOM)
+    inside = within[..., 0] & within[..., 1]
     last = np.maximum.accumulate(np.where(inside.any(axis=-1), np.arange(len(position)), 0))
     return inside.argmax(axis=1)[last].astype(np.uint8)
 

@@ -21,8 +21,8 @@ def view(frames: Frames, context: int, *, teleports: bool = False, margin: int =
     dome that some pixel's ray has met: their kind, colour and place are taken from the keys for probes instead of read
     off the pictures, and walls stop it where they are. In the query it reckons where it is from the actions alone,
     after a teleport from the earlier frame that looks the same and was followed by the same actions, and draws what it
-    noted. It draws every picture twice, with different things wherever it noted nothing: pixels that differ are those
-    it cannot know. ``margin`` pixels along the edges are left out. Cost: rendering every context once, every query twice.
+    noted; every picture twice, with different things wherever it noted nothing: pixels that differ are those it cannot
+    know. ``margin`` pixels along the edges are left out. Cost: rendering every context once, every query twice.
     """
     n, T = frames["action"].shape
     right, known, pixels = 0, 0, 0
