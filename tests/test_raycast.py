@@ -99,6 +99,21 @@ def test_a_nearer_dome_hides_a_farther_one_in_any_order():
     assert (far_only & inside).any()
 
 
+def test_a_dome_ends_where_a_wall_begins():
+    """Most of it is inside the wall: only the cap that comes out of it is seen, as the plain renderer says."""
+    scene, pose = hall(8, [(3.2, 1.5)], ((3, 0), (3, 1), (3, 2))), (1.2, 1.4, 0.05)
+    picture = render(scene, np.array([pose]))[0].astype(float)
+    met: list[str] = []
+    for row in range(30, 46):
+        for column in range(20, 44, 3):
+            name, colour = trace(scene, pose, row + 0.5, column + 0.5)
+            if within_one_surface(scene, pose, row, column, name):
+                assert np.abs(picture[row, column] - colour).max() < 0.51, (row, column, name)
+                met.append(str(name[0] if isinstance(name, tuple) else name))
+    assert met.count("wall") > 20
+    assert met.count("dome") > 1
+
+
 def test_domes_lie_where_perspective_puts_them():
     """Its foot straight ahead: the contact is RADIUS nearer than the middle, on the floor."""
     scene, away = hall(8, [(4.5, 1.5)]), 3.0

@@ -118,21 +118,22 @@ class Rooms(FirstPerson):
         given: Episodes | None = (options or {}).get("episodes")
         self._episode = _first(draw(self.config, self.np_random, 1) if given is None else given)
         self._begin(self._episode.scene, self._episode.start[0])
-        self._past = [self._state.copy()]
+        self._room = int(room_of(self.config.layout, self._state[None, :2])[0])
+        self._past = [(self._state, self._room)]
         return self._picture(), {}
 
     def step(self, action: np.int64 | int) -> tuple[Bytes, float, bool, bool, dict[str, Any]]:
         """One action. Raises ResetNeeded after the end of an episode, InvalidAction outside 0..5."""
         truncated = self._move(action)
+        self._room = int(room_of(self.config.layout, self._state[None, :2], self._room)[0])
         if self.config.teleport and self._steps == self.config.context_length - 1:
-            self._state = self._past[int(self._episode.copied[0])].copy()
-        self._past.append(self._state.copy())
+            self._state, self._room = self._past[int(self._episode.copied[0])]
+        self._past.append((self._state, self._room))
         return self._picture(), 0.0, False, truncated, {}
 
     def hidden_state(self) -> dict[str, Any]:
         """The keys of ``probes``, and ``room``."""
-        found = super().hidden_state()
-        return found | {"room": room_of(self.config.layout, np.stack(self._past)[:, :2])[-1]}
+        return super().hidden_state() | {"room": self._room}
 
     def scripted_actions(self) -> Bytes:
         """The actions (episode_length - 1,) of the scripted policy from the start of this episode."""
@@ -176,12 +177,8 @@ def script(config: Rooms.Config, episodes: Episodes, *, threads: int = 1) -> Scr
     if attempts.max(initial=0) > ATTEMPTS:
         raise ConfigError(f"rooms: the policy found no way in {ATTEMPTS} attempts; start in a room of the plan")
     if config.teleport:
-        again = episodes.copied[:, None] + np.arange(config.query_length + 1)
-        rows = np.arange(n)[:, None]
-        replayed = actions[rows, again]
-        replayed[:, 0] = NOOP
-        states = np.concatenate([states, states[rows, again]], axis=1)
-        actions = np.concatenate([actions, replayed], axis=1)
+        states, actions = _replayed(config, episodes, states), _replayed(config, episodes, actions)
+        actions[:, walked] = NOOP
     return Script(states, actions, switches, attempts)
 
 
@@ -189,14 +186,24 @@ def play(config: Rooms.Config, episodes: Episodes) -> Frames:
     """The scripted episodes, with the keys of ``generate``."""
     n, T = len(episodes.start), config.episode_length
     states, actions = script(config, episodes)[:2]
+    room = np.stack([room_of(config.layout, walk[:, :2]) for walk in states])
+    if config.teleport:
+        room = _replayed(config, episodes, room[:, : config.context_length - 1])
     return {
         "image": pictures(episodes.scene, states),
         "action": actions,
         "reward": np.zeros((n, T), dtype=np.float32),
         **marks(n, T),
         **probes(episodes.scene, states),
-        "room": np.stack([room_of(config.layout, walk[:, :2]) for walk in states]),
+        "room": room,
     }
+
+
+def _replayed(config: Rooms.Config, episodes: Episodes, walked: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What was up to the teleport (n, t, ...), and then what followed the frame it leads back to."""
+    rows = np.arange(len(walked))[:, None]
+    again = episodes.copied[:, None] + np.arange(config.query_length + 1)
+    return np.concatenate([walked, walked[rows, again]], axis=1)
 
 
 def _first(episodes: Episodes) -> Episodes:

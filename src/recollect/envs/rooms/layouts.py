@@ -130,13 +130,13 @@ def draw_starts(plan: Layout, rng: np.random.Generator, n: int) -> Floats:
     return np.column_stack([cells + 0.5, rng.uniform(-np.pi, np.pi, size=n)]).astype(np.float64)
 
 
-def room_of(plan: Layout, position: Floats) -> Bytes:
-    """The room of every position (T, 2) of a walk; in a doorway the one last stood in (at the start: 0)."""
+def room_of(plan: Layout, position: Floats, before: int = 0) -> Bytes:
+    """The room of every position (T, 2) of a walk; in a doorway the one last stood in (``before`` the walk)."""
     offset = position[:, None] - plan.rooms
     within = (offset >= 0) & (offset <= ROOM)
     inside = within[..., 0] & within[..., 1]
-    last = np.maximum.accumulate(np.where(inside.any(axis=-1), np.arange(len(position)), 0))
-    return inside.argmax(axis=1)[last].astype(np.uint8)
+    last = np.maximum.accumulate(np.where(inside.any(axis=-1), np.arange(len(position)), -1))
+    return np.where(last < 0, before, inside.argmax(axis=1)[last]).astype(np.uint8)
 
 
 def _cells(where: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
