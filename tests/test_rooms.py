@@ -48,6 +48,20 @@ def test_lengths_are_the_published_ones(name: Any, teleport: bool):
     assert script(config, draw(config, np.random.default_rng(0), 2)).actions.shape == (2, config.episode_length)
 
 
+def test_schedules_are_the_published_ones():
+    bounds = {key: schedule.switches for key, schedule in SCHEDULES.items()}
+    assert bounds["two", False] == ((80, 100), (180, 200), (300, 300), (380, 400))
+    last = ((500, 500), (600, 625), (725, 750), (850, 875))
+    assert bounds["four", False] == ((80, 100), (180, 200), (280, 300), (380, 400), *last)
+    ten = [(1100, 1100) if i == 10 else (100 * i + 80, 100 * i + 100) for i in range(19)]
+    assert bounds["ten", False] == tuple(ten)
+    assert bounds["two", True] == ((65, 75),)
+    assert bounds["four", True] == ((65, 75), (140, 150), (215, 225))
+    assert bounds["ten", True] == tuple((60 * i + 50, 60 * i + 60) for i in range(9))
+    copies = {name: SCHEDULES[name, True].copies for name in NAMES}
+    assert copies == {"two": (20, 49), "four": (30, 99), "ten": (50, 199)}
+
+
 def test_plans():
     for name, n_rooms, n_domes, starts in (("two", 2, 3, 10), ("four", 4, 6, 16), ("ten", 10, 15, 40)):
         plan = layout(name)

@@ -54,7 +54,7 @@ _TEXT = {
 _DOMES = {"two": 3, "four": 6, "ten": 15}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A plan, read. Positions are cells (x, y) inside the outer walls, y upwards; arrays are read-only."""
 
@@ -73,9 +73,6 @@ class Layout:
     """(R, 2, 9) how to leave room r for the next one clockwise (0) or counterclockwise (1): first towards (x, y) until
     within half a cell of ``edge`` along ``lateral`` (0 x, 1 y), then towards (x, y) until past ``goal`` along the other
     axis, in the direction ``sign``: x, y, lateral, edge, x, y, goal, sign, next room."""
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 @cache

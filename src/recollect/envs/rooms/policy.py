@@ -3,7 +3,7 @@
 *Explore*: forward 2 to 4 steps, ending early near a wall that lies ahead; then turn: 0 to 2 steps in the open, 5 to 7
 away from a wall, 8 to 12 in a corner; and so on. *Switch*: turn until within 10 degrees of a waypoint, one step, again.
 An attempt is given up where the agent strays from the room it explores, or needs more than 25 moves to a waypoint or
-more than 14 turns for one of them; then the whole episode is tried again from its start with further random numbers.
+more than 14 turns for one move; then the whole episode is tried again from its start with further random numbers.
 """
 
 from __future__ import annotations
