@@ -11,7 +11,9 @@ from typing import Any
 from recollect.core.errors import ConfigError, nearest
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv
 from recollect.envs.distracting_memory import DistractingMemory
+from recollect.envs.maze import Maze
 from recollect.envs.multi_doors_keys import MultiDoorsKeys
+from recollect.envs.rooms import Rooms
 
 ENVS: dict[str, EnvConfig] = {
     "distracting-memory-100": DistractingMemory.Config(100),
@@ -20,6 +22,14 @@ ENVS: dict[str, EnvConfig] = {
     "multi-doors-keys-3": MultiDoorsKeys.Config(3),
     "multi-doors-keys-5": MultiDoorsKeys.Config(5),
     "multi-doors-keys-7": MultiDoorsKeys.Config(7),
+    "two-rooms": Rooms.Config("two"),
+    "four-rooms": Rooms.Config("four"),
+    "ten-rooms": Rooms.Config("ten"),
+    "two-rooms-teleport": Rooms.Config("two", teleport=True),
+    "four-rooms-teleport": Rooms.Config("four", teleport=True),
+    "ten-rooms-teleport": Rooms.Config("ten", teleport=True),
+    "maze-9x9": Maze.Config(9),
+    "maze-15x15": Maze.Config(15),
 }
 """What each environment is by default; sizes are the config's, to be replaced: ``replace(config, width=50)``."""
 
@@ -41,4 +51,15 @@ def register() -> None:
             gymnasium.register(id=f"recollect/{name}-v0", entry_point=build)
 
 
-__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "MemoryEnv", "MultiDoorsKeys", "find", "register"]
+__all__ = [
+    "ENVS",
+    "DistractingMemory",
+    "EnvConfig",
+    "Frames",
+    "Maze",
+    "MemoryEnv",
+    "MultiDoorsKeys",
+    "Rooms",
+    "find",
+    "register",
+]
