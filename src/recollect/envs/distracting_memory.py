@@ -93,6 +93,7 @@ class DistractingMemory(MemoryEnv):
 
         actions: ClassVar[tuple[str, ...]] = ("left", "right", "forward")
         observation: ClassVar[Observation] = "tiles"
+        constant: ClassVar[tuple[str, ...]] = ("cue", "objects", "goal")
 
         width: int = 100
         p_distractor: float = 0.5
