@@ -50,8 +50,8 @@ def made_ahead(build: Callable[[], Make], numbers: range, workers: int) -> Gener
     """A function that takes the things of ``numbers``, which must be asked for in order, each once.
 
     Every worker calls ``build``, which must pickle, once and what it returns for each of its numbers. What is raised
-    there is raised by the call that asks for that number, with the worker's traceback as its cause; WorkerDiedError when
-    a worker was killed. All workers have ended when the context has.
+    there is raised by the call that asks for that number, with the worker's traceback as its cause; WorkerDiedError
+    when a worker was killed. All workers have ended when the context has.
     """
     pool = [_Worker(build, numbers[first::workers]) for first in range(min(workers, len(numbers)))]
     try:

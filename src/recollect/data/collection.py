@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from recollect.core.ahead import Make, WorkerDiedError, made_ahead
 from recollect.core.cluster import made_on_cluster
@@ -90,34 +91,45 @@ def collect(
         (path / "progress.json").unlink(missing_ok=True)
         return store
 
-    blocks = Blocks(env, n_episodes, seed, split)
     with StoreWriter(path, identity, env.constant) as writer:
-        left = range(writer.n_blocks, len(blocks))
-        with _makers(blocks, left, workers, ray) as make:
-            for number in left:
-                try:
-                    block = make(number)
-                except WorkerDiedError as how:
-                    raise DataError(
-                        f"the process that was to make block {number} {how}; the {writer.n_episodes} episodes in "
-                        f"{writer.partial} are kept: run the same command again, with fewer workers if memory ran out"
-                    ) from None
-                writer.append(block)
-                if progress is not None:
-                    progress(writer.n_episodes, n_episodes)
-        writer.finish()
+        fill(writer, Blocks(env, n_episodes, seed, split), n_episodes, progress, workers, ray)
     return EpisodeStore.open(path)
 
 
-@contextmanager
-def _makers(blocks: Blocks, left: range, workers: int, ray: str | None) -> Generator[Make]:
-    if not left:
-        way = nullcontext(blocks.make)
-    elif ray is not None:
-        way = made_on_cluster(blocks, left, ray)
-    elif workers:
-        way = made_ahead(blocks, left, workers)
+class Source(Protocol):
+    """Numbered blocks of episodes; it travels to the processes that make them."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self) -> Make:
+        """What makes the block of a number, ``Encoded``."""
+        ...
+
+
+def fill(
+    writer: StoreWriter,
+    blocks: Source,
+    n_episodes: int,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 0,
+    ray: str | None = None,
+) -> None:
+    """Append every block that is not written yet, in order, and finish the store. Raises as ``collect`` does."""
+    left = range(writer.n_blocks, len(blocks))
+    if not left or (ray is None and not workers):
+        way = nullcontext(blocks())
     else:
-        way = nullcontext(blocks.make)
+        way = made_ahead(blocks, left, workers) if ray is None else made_on_cluster(blocks, left, ray)
     with way as make:
-        yield make
+        for number in left:
+            try:
+                block = make(number)
+            except WorkerDiedError as how:
+                raise DataError(
+                    f"the process that was to make block {number} {how}; the {writer.n_episodes} episodes in "
+                    f"{writer.partial} are kept: run the same command again, with fewer workers if memory ran out"
+                ) from None
+            writer.append(block)
+            if progress is not None:
+                progress(writer.n_episodes, n_episodes)
+    writer.finish()

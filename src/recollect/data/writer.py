@@ -46,9 +46,7 @@ class StoreWriter:
     before stays, and another writer goes on from there.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], identity: Mapping[str, Any], constant: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any], constant: Sequence[str] = ()) -> None:
         self.path = Path(path)
         self.partial = partial_path(self.path)
         self.constant = tuple(constant)

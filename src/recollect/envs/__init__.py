@@ -11,11 +11,16 @@ from typing import Any
 from recollect.core.errors import ConfigError, nearest
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv
 from recollect.envs.distracting_memory import DistractingMemory
+from recollect.envs.memory_maze import MemoryMaze
 
 ENVS: dict[str, EnvConfig] = {
     "distracting-memory-100": DistractingMemory.Config(100),
     "distracting-memory-200": DistractingMemory.Config(200),
     "distracting-memory-400": DistractingMemory.Config(400),
+    "memory-maze-9x9": MemoryMaze.Config(9),
+    "memory-maze-11x11": MemoryMaze.Config(11),
+    "memory-maze-13x13": MemoryMaze.Config(13),
+    "memory-maze-15x15": MemoryMaze.Config(15),
 }
 """What each environment is by default; sizes are the config's, to be replaced: ``replace(config, width=50)``."""
 
@@ -37,4 +42,4 @@ def register() -> None:
             gymnasium.register(id=f"recollect/{name}-v0", entry_point=build)
 
 
-__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "MemoryEnv", "find", "register"]
+__all__ = ["ENVS", "DistractingMemory", "EnvConfig", "Frames", "MemoryEnv", "MemoryMaze", "find", "register"]
