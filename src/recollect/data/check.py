@@ -180,7 +180,8 @@ def mend(path: str | os.PathLike[str]) -> int:
         made = Blocks(env, meta["n_episodes"], meta["seed"], meta["split"]).make(number)
         if not np.array_equal(made.digests, files.digests[number]):
             raise DataError(
-                f"{files.path}: this version makes other episodes of {env.kind}; mend it with recollect {meta['recollect']}"
+                f"{files.path}: this version makes other episodes of {env.kind}; "
+                f"mend it with recollect {meta['recollect']}"
             )
         for key in files.keys:
             if number in report.damaged.get(key, ()):

@@ -32,7 +32,7 @@ class Blocks:
     split: str
 
     def __len__(self) -> int:
-        return -(-self.n_episodes // self.env.block_episodes)
+        return (self.n_episodes + self.env.block_episodes - 1) // self.env.block_episodes
 
     def __call__(self) -> Make:
         """What makes a block: in this process, in a worker, or on a cluster."""

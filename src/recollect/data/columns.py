@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -122,7 +123,8 @@ class Column(Protocol):
         ...
 
 
-class Steps(NamedTuple):
+@dataclass(frozen=True)
+class Steps:
     """A row for every step."""
 
     array: Array
@@ -143,7 +145,8 @@ class Steps(NamedTuple):
         return window
 
 
-class Constant(NamedTuple):
+@dataclass(frozen=True)
+class Constant:
     """A row for every episode."""
 
     array: Array
@@ -159,7 +162,8 @@ class Constant(NamedTuple):
         return np.repeat(self.array[spans.episode][:, None], spans.length, axis=1)
 
 
-class Flags(NamedTuple):
+@dataclass(frozen=True)
+class Flags:
     """A flag at the first or at the last step of the episodes that are ``marked``."""
 
     marked: npt.NDArray[np.bool_]

@@ -41,6 +41,8 @@ KEYS = (
     "target_color",
 )
 BYTES = ("image", "maze_layout")
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises over a file that is no whole ``.npz``."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Trajectories:
             expected = (length, *shapes.get(key, (2,)))
             if array.shape != expected:
                 raise DataError(f"{path} is damaged: '{key}' is {array.shape}, expected {expected}")
+        block: dict[str, npt.NDArray[Any]]
         block = {key: arrays[key].astype(np.uint8 if key in BYTES else np.float32, copy=False) for key in KEYS}
         if any(not np.isfinite(block[key]).all() for key in KEYS if key not in BYTES):
             raise DataError(f"{path} is damaged: it holds numbers that are not finite")
@@ -138,16 +141,7 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
             if missing:
                 raise DataError(f"{path} is no trajectory of Memory Maze: it lacks {', '.join(missing)}")
             return {key: data[key] for key in KEYS}
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except UNREADABLE as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} is damaged ({why}): fetch it again, then run the same command") from None
 

@@ -171,13 +171,17 @@ class MemoryMaze(MemoryEnv):
         twin = MemoryMaze(self.config)
         twin._maze_seed = self._maze_seed
         twin._begin()
-        walk = _Walk(twin._maze_seed)
+        walk = twin.walk()
         actions = np.zeros(self.config.steps, dtype=np.uint8)
         for t in range(self.config.steps):
             actions[t] = walk.action(twin.hidden_state())
             twin.step(int(actions[t]))
         twin.close()
         return actions
+
+    def walk(self) -> _Walk:
+        """The scripted policy of this maze, at its beginning."""
+        return _Walk(self._maze_seed)
 
     def close(self) -> None:
         """Free the renderer."""
@@ -263,7 +267,7 @@ def _cell(at: npt.NDArray[Any], free: Bytes) -> tuple[int, int]:
 def _episode(env: MemoryMaze, seed: int) -> Frames:
     """One scripted episode, arrays (T, ...)."""
     image, _ = env.reset(seed=seed)
-    walk, action, reward = _Walk(env._maze_seed), 0, 0.0
+    walk, action, reward = env.walk(), 0, 0.0
     rows: list[dict[str, Any]] = []
     for t in range(env.config.episode_length):
         if t:
@@ -283,7 +287,7 @@ def package() -> Any:
     try:
         with _gymnasium_as_gym():
             tasks = importlib.import_module("memory_maze.tasks")
-            maze = importlib.import_module("memory_maze.maze")
+            maze: Any = importlib.import_module("memory_maze.maze")
         spheres = importlib.import_module("dm_control.locomotion.props.target_sphere")
     except ImportError as error:
         raise ConfigError(

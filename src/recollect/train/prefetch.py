@@ -55,8 +55,8 @@ def batches(run: RunConfig, problem: Problem, first: int, device: torch.device, 
                 packed = made(step)
             except WorkerDiedError as how:
                 raise RunError(
-                    f"the data worker that was to make the batch of step {step} {how}; the last checkpoint is kept: run "
-                    f"the same command again, with --data-workers 0 if this goes on"
+                    f"the data worker that was to make the batch of step {step} {how}; the last checkpoint is kept: "
+                    f"run the same command again, with --data-workers 0 if this goes on"
                 ) from None
             return to_device(map_leaves(packed, _unpacked), device)
 
