@@ -16,7 +16,15 @@ from recollect.data import EpisodeStore
 def data(command: DataCommand) -> int:
     """Carry out one of them; returns the exit code."""
     # A terminated command leaves as an interrupted one does: its worker processes end first.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _carry_out(command)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _carry_out(command: DataCommand) -> None:
     match command:
         case DataMake():
             _make(command)
@@ -42,8 +50,8 @@ def data(command: DataCommand) -> int:
 
             store = EpisodeStore.open(command.directory)
             with counting(f"writing {command.path}") as progress:
-                print(f"wrote {export_minari(store, command.path, progress)}")
-    return 0
+                written = export_minari(store, command.path, progress)
+            print(f"wrote {written}")
 
 
 def _make(command: DataMake) -> None:
@@ -63,7 +71,7 @@ def _make(command: DataMake) -> None:
         started = time.monotonic()
         with counting(f"{path}: episodes") as progress:
             blocks = -(-max(count, 1) // env.block_episodes)
-            workers = min(_workers(command.workers), blocks) if blocks > 1 else 0
+            workers = _workers(command.workers) if blocks > 1 or command.workers else 0
             store = collect(env, count, command.seed, path, split, progress, workers=workers, ray=command.ray)
         print(f"{described(store)}, {time.monotonic() - started:.1f} s")
 

@@ -136,7 +136,7 @@ def import_memory_maze(
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:
     """The arrays of one trajectory. Raises DataError naming the file where it cannot be read or lacks a key."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             missing = [key for key in KEYS if key not in data]
             if missing:
                 raise DataError(f"{path} is no trajectory of Memory Maze: it lacks {', '.join(missing)}")

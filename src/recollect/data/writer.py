@@ -189,9 +189,10 @@ class StoreWriter:
                 with suppress(OSError, DataError):
                     self._truncate(key)
             why = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
+            kept = f"its {self.n_episodes} episodes are kept: run the same command again when there is room"
             raise DataError(
-                f"{self.partial} cannot be written: {why}; its {self.n_episodes} episodes are kept: "
-                f"run the same command again when there is room"
+                f"{self.partial} cannot be written: {why}; "
+                f"{kept if self.n_episodes else 'mend that and run the same command again'}"
             ) from None
 
     def _file(self, key: str) -> Path:
