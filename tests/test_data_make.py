@@ -119,6 +119,7 @@ def test_what_goes_wrong_in_a_worker(tmp_path: Path, trouble: str, message: str)
         collect(ToyEnv.Config(trouble=trouble), 9, 0, tmp_path / "store", workers=1)
     assert "\n" not in str(error.value)
     assert active_children() == []
+    assert list(tmp_path.iterdir()) == [], "nothing was written, and yet something is left"
 
 
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:

@@ -81,12 +81,17 @@ class Windows:
 
 
 def observations(batch: Batch, kind: Literal["tiles", "pixels"]) -> npt.NDArray[np.uint8]:
-    """What the model sees: tile codes (B, T, h, w), or pictures (B, T, 8 h, 8 w, 3) rendered from them, in 0..255.
+    """What the model sees: tile codes (B, T, h, w), or pictures in 0..255: those of the batch (B, T, h, w, 3), or
+    rendered from its codes (B, T, 8 h, 8 w, 3).
 
-    Raises ConfigError for another kind.
+    Raises ConfigError for another kind, or for tiles where there are pictures only.
     """
     if kind not in ("tiles", "pixels"):
         raise ConfigError(f"observations are 'tiles' or 'pixels', got '{kind}'")
+    if "tiles" not in batch:
+        if kind == "tiles":
+            raise ConfigError("these episodes show pictures, not tiles: ask for 'pixels'")
+        return batch["image"]
     return batch["tiles"] if kind == "tiles" else render(batch["tiles"])
 
 

@@ -74,7 +74,9 @@ class StoreWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.n_blocks == 0 and self.partial.exists():
+            self._clear()
         self.close()
 
     def close(self) -> None:
@@ -194,6 +196,13 @@ class StoreWriter:
                 f"{self.partial} cannot be written: {why}; "
                 f"{kept if self.n_episodes else 'mend that and run the same command again'}"
             ) from None
+
+    def _clear(self) -> None:
+        """Nothing was written: leave nothing."""
+        for name in ("progress.json", *(f"{key}.npy" for key in self._progress["keys"])):
+            (self.partial / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.partial.rmdir()
 
     def _file(self, key: str) -> Path:
         return self.partial / f"{key}.npy"
