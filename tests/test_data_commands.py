@@ -86,7 +86,7 @@ def test_damage_is_named_and_mended(toys: EpisodeStore, capsys: pytest.CaptureFi
     report = check(toys.path)
     assert message in report.problems
     assert report.bad == bad
-    with pytest.raises(DataError, match="damaged|missing"):
+    with pytest.raises(DataError, match=r"damaged|missing"):
         EpisodeStore.open(toys.path, verify=True)
     capsys.readouterr()
     assert main(["data", "check", str(toys.path)]) == 2
@@ -121,10 +121,15 @@ def test_values_that_cannot_be(tmp_path: Path) -> None:
     assert check(store("fine", TILES)).sound
     blind = {k: v for k, v in TOY.generate(np.random.default_rng(0), 2).items() if k != "image"}
     EpisodeStore.create(tmp_path / "blind", [blind], env={"kind": TOY.kind}, n_actions=3, seed=0, split="train")
-    assert "image.npy: None per frame, but toy-pictures shows (8, 8, 3); episodes 0..1" in check(tmp_path / "blind").problems
+    assert (
+        "image.npy: None per frame, but toy-pictures shows (8, 8, 3); episodes 0..1"
+        in check(tmp_path / "blind").problems
+    )
 
 
-def test_what_cannot_be_checked_or_mended(toys: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_checked_or_mended(
+    toys: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip(toys.path / "image.npy", 200)
     meta = json.loads((toys.path / "meta.json").read_text())
     for change, message in (
@@ -142,7 +147,7 @@ def test_what_cannot_be_checked_or_mended(toys: EpisodeStore, tmp_path: Path, ca
     assert "has schema 1, this version reads 2: make it again, or use recollect 0.5\n" in capsys.readouterr().err
     (toys.path / "meta.json").write_text(json.dumps(meta))
     flip(toys.path / "digests.npy", -1)
-    with pytest.raises(DataError, match="digests.npy is damaged, and with it the whole store"):
+    with pytest.raises(DataError, match=r"digests\.npy is damaged, and with it the whole store"):
         check(toys.path)
     with pytest.raises(DataError, match=r"digests\.npy is damaged: its checksum differs"):
         EpisodeStore.open(toys.path, verify=True)

@@ -78,7 +78,9 @@ def test_what_follows_from_the_index_or_is_constant_costs_a_row_per_episode(tmp_
 def test_ten_thousand_episodes_stay_under_a_hundred_megabytes(tmp_path: Path) -> None:
     """By the bytes of a block: the files grow by nothing else."""
     config = ENVS["distracting-memory-100"]
-    size = sum(array.nbytes for array in encode(config.generate(np.random.default_rng(0), 8), config.constant).files.values())
+    size = sum(
+        array.nbytes for array in encode(config.generate(np.random.default_rng(0), 8), config.constant).files.values()
+    )
     assert size / 8 * 10_000 < 98e6
 
 
@@ -144,7 +146,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
             assert check(path).sound
             path = tmp_path / f"store{kills}"
         else:
-            with pytest.raises(DataError, match="unfinished|no such episode store"):
+            with pytest.raises(DataError, match=r"unfinished|no such episode store"):
                 EpisodeStore.open(path)
             progress = partial_path(path) / "progress.json"
             done.append(json.loads(progress.read_text())["n_blocks"] if progress.exists() else 0)

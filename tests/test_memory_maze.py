@@ -6,13 +6,15 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 from recollect.cli import main
 from recollect.core.config import from_dict, to_dict
 from recollect.core.errors import ConfigError
-from recollect.envs import ENVS
+from recollect.envs import ENVS, register
 from recollect.envs.memory_maze import PROBES, SIZES, MemoryMaze, _gymnasium_as_gym, package, quick, touched, towards
 
 Config = MemoryMaze.Config
@@ -41,7 +43,9 @@ def test_without_mujoco_one_line_names_the_extra(
         if name.split(".")[0] in ("memory_maze", "dm_control"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "memory_maze", None)
-    expected = r"memory-maze needs MuJoCo and its package \(memory_maze.* is missing\): pip install 'recollect\[mujoco\]'"
+    expected = (
+        r"memory-maze needs MuJoCo and its package \(memory_maze.* is missing\): pip install 'recollect\[mujoco\]'"
+    )
     with pytest.raises(ConfigError, match=expected):
         Config().build()
     words = ["data", "make", "memory-maze-9x9", "--episodes", "2", "--workers", "0", "--out", str(tmp_path / "store")]
@@ -52,8 +56,6 @@ def test_without_mujoco_one_line_names_the_extra(
 
 
 def test_gymnasium_stands_in_for_gym_only_while_importing() -> None:
-    import gymnasium
-
     before = dict(gymnasium.registry)
     mine = SimpleNamespace()
     sys.modules["gym"] = mine  # pyright: ignore[reportArgumentType]
@@ -129,9 +131,8 @@ def real() -> None:
 @pytest.mark.filterwarnings("default")
 class TestTheRealThing:
     def test_gymnasium_accepts_it(self) -> None:
-        from gymnasium.utils.env_checker import check_env
-
-        check_env(Config().build(render_mode="rgb_array"))
+        register()
+        check_env(gymnasium.make("recollect/memory-maze-9x9-v0").unwrapped)
 
     def test_the_script_is_what_is_generated_and_frames_differ(self) -> None:
         config = Config(steps=40)

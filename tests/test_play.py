@@ -117,7 +117,12 @@ def test_the_terminal_is_as_before_however_the_game_ends(how: str, tmp_path: Pat
     words = [sys.executable, "-c", code, "envs", "play", "distracting-memory-100", "width=12"]
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
-            words, stdin=theirs, stdout=theirs, stderr=err, env={**os.environ, "PYTHONPATH": PATH}, start_new_session=True
+            words,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=err,
+            env={**os.environ, "PYTHONPATH": PATH},
+            start_new_session=True,
         )
     said = ""
 

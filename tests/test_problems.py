@@ -165,7 +165,6 @@ class TestWorld:
                     waiting.result(timeout=0.3)
             assert len(waiting.result(timeout=30)) == 3
 
-
     def test_pictures_come_from_the_store_and_decide_the_size(self) -> None:
         with pytest.raises(ConfigError, match="toy-pictures shows no tiles; use observation=pixels"):
             replace(world_config(), env=ToyEnv.Config())

@@ -1,4 +1,4 @@
-"""A tiny world of pictures: fast, with small blocks, and with trouble on demand. Also run as a program that is killed."""
+"""A tiny world of pictures: fast, with small blocks and trouble on demand. Also a program that is killed."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class ToyEnv(MemoryEnv):
             return (SIDE, SIDE, 3)
 
         def build(self, *, pixels: bool = False, render_mode: str | None = None) -> ToyEnv:
+            del pixels
             return ToyEnv(self, render_mode)
 
         def generate(self, rng: np.random.Generator, n_episodes: int) -> Frames:
@@ -77,6 +78,7 @@ class ToyEnv(MemoryEnv):
             }
 
         def oracle(self, frames: Frames) -> dict[str, float]:
+            del frames
             return {}
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"]}  # noqa: RUF012
@@ -88,7 +90,7 @@ class ToyEnv(MemoryEnv):
         self.observation_space = spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        super().reset(seed=seed)
+        super().reset(seed=seed, options=options)
         self._x, self._t = SIDE // 2, 0
         return self._picture(), {}
 
@@ -124,5 +126,6 @@ def slow_store(path: Path, workers: int, pause_s: float = 0.0) -> None:
 
 
 if __name__ == "__main__":
-    print("ready", flush=True)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     slow_store(Path(sys.argv[1]), int(sys.argv[2]), 0.002)

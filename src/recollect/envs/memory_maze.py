@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from recollect.core.errors import ConfigError
+from recollect.core.errors import ConfigError, described
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv, Observation
 from recollect.envs.tiles import Bytes
 
@@ -200,10 +200,7 @@ class MemoryMaze(MemoryEnv):
             self._seen = self._game.reset().observation
         except Exception as error:
             self._game = None
-            raise ConfigError(
-                f"memory-maze: MuJoCo cannot render ({type(error).__name__}: {' '.join(str(error).split())}); "
-                f"install EGL, or set MUJOCO_GL=osmesa or glfw"
-            ) from error
+            raise ConfigError(_no_renderer(error)) from error
         self._over = False
 
     def _observe(self) -> Bytes:
@@ -289,12 +286,18 @@ def package() -> Any:
             tasks = importlib.import_module("memory_maze.tasks")
             maze: Any = importlib.import_module("memory_maze.maze")
         spheres = importlib.import_module("dm_control.locomotion.props.target_sphere")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ConfigError(
             f"memory-maze needs MuJoCo and its package ({error.name} is missing): pip install 'recollect[mujoco]'"
         ) from None
+    except Exception as error:  # whatever looking for a renderer raises, which differs from system to system
+        raise ConfigError(_no_renderer(error)) from error
     maze.target_sphere = SimpleNamespace(TargetSphere=quick(spheres.TargetSphere))
     return tasks
+
+
+def _no_renderer(error: Exception) -> str:
+    return f"memory-maze: MuJoCo cannot render ({described(error)}); install EGL, or set MUJOCO_GL=osmesa or glfw"
 
 
 def quick(sphere: Any) -> Any:
