@@ -124,6 +124,12 @@ def test_what_goes_wrong_in_a_worker(tmp_path: Path, trouble: str, message: str)
     assert list(tmp_path.iterdir()) == [], "nothing was written, and yet something is left"
 
 
+def written(path: Path) -> int:
+    """Blocks that count in an unfinished store."""
+    progress = partial_path(path) / "progress.json"
+    return json.loads(progress.read_text())["n_blocks"] if progress.exists() else 0
+
+
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     """Each kill hits a run that goes on where the last was hit; in the end the bytes are those of a run in peace."""
     rng = random.Random(0)
@@ -137,7 +143,10 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0.0, 0.02) + (0.5 if workers else 0.0))
+        before = written(path)
+        while kills % 2 and not path.exists() and written(path) == before:
+            time.sleep(0.001)  # every other one is hit while it writes, the rest at their beginning
+        time.sleep(rng.uniform(0.0, 0.02))
         process.kill()
         process.wait()
         process.stdout.close()
@@ -148,8 +157,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
         else:
             with pytest.raises(DataError, match=r"unfinished|no such episode store"):
                 EpisodeStore.open(path)
-            progress = partial_path(path) / "progress.json"
-            done.append(json.loads(progress.read_text())["n_blocks"] if progress.exists() else 0)
+            done.append(written(path))
     assert 0 < max(done) < BLOCKS, "no kill hit a run that was writing"
     slow_store(path, workers=2, pause_s=0.002)
     slow_store(tmp_path / "peace", workers=0, pause_s=0.002)
@@ -202,6 +210,28 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_good(
     assert file_bytes(path) == file_bytes(tmp_path / "peace")
 
 
+def test_an_interrupt_between_the_disk_and_the_memory_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block counts as soon as the disk says so."""
+    from recollect.data import writer
+
+    replace = writer._replace
+
+    def interrupted(path: Path, data: Any) -> None:
+        replace(path, data)
+        if data.get("n_blocks") == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(TOY, 9, 0, tmp_path / "store")
+    monkeypatch.undo()
+    done: list[int] = []
+    collect(TOY, 9, 0, tmp_path / "store", progress=lambda n, _: done.append(n))
+    assert done == [8, 9]
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written: Not a directory; mend that and run"):
@@ -217,9 +247,8 @@ def test_interrupted_by_hand(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
     )
-    progress = partial_path(path) / "progress.json"
     deadline = time.monotonic() + 60
-    while not progress.exists() or json.loads(progress.read_text())["n_blocks"] == 0:
+    while written(path) == 0:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

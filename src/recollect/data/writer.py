@@ -75,8 +75,9 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self.n_blocks == 0 and self.partial.exists():
-            self._clear()
+        if kind is not None and self.n_blocks == 0:
+            with suppress(OSError, ValueError, KeyError):
+                self._clear()
         self.close()
 
     def close(self) -> None:
@@ -198,11 +199,12 @@ class StoreWriter:
             ) from None
 
     def _clear(self) -> None:
-        """Nothing was written: leave nothing."""
+        """Leave nothing where nothing was written, which the disk knows better: an interrupt comes at any moment."""
+        if json.loads((self.partial / "progress.json").read_text())["n_blocks"]:
+            return
         for name in ("progress.json", *(f"{key}.npy" for key in self._progress["keys"])):
             (self.partial / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.partial.rmdir()
+        self.partial.rmdir()
 
     def _file(self, key: str) -> Path:
         return self.partial / f"{key}.npy"
