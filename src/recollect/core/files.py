@@ -49,7 +49,7 @@ def locked(path: Path, *, wait: bool) -> Generator[None]:
 def lock_directory(path: Path) -> Callable[[], None]:
     """Lock a directory for this process, also while it is renamed; returns what lets go of it.
 
-    BlockingIOError when another process, or this one, holds it. Systems without POSIX locks have none.
+    BlockingIOError when another process, or this one, holds it. Systems and file systems without locks have none.
     """
     try:
         import fcntl
@@ -58,9 +58,12 @@ def lock_directory(path: Path) -> Callable[[], None]:
     held = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(held)
         raise
+    except OSError:  # a file system without locks
+        os.close(held)
+        return lambda: None
     descriptors = [held]
 
     def unlock() -> None:

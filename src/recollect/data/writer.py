@@ -61,10 +61,10 @@ class StoreWriter:
         }
         with self._kept():
             self.partial.mkdir(parents=True, exist_ok=True)
-        try:
-            self._unlock = lock_directory(self.partial)
-        except BlockingIOError:
-            raise DataError(f"{self.partial} is being written by another process: let it finish") from None
+            try:
+                self._unlock = lock_directory(self.partial)
+            except BlockingIOError:
+                raise DataError(f"{self.partial} is being written by another process: let it finish") from None
         try:
             self._begin()
         except BaseException:
