@@ -16,7 +16,7 @@ from recollect.train.loop import StoppedError, train
 from toy_problem import toy_run
 
 TOY = "toy_problem:faceoff"
-COMMANDS = ["list", "train", "resume", "eval", "imagine", "faceoff", "report", "bench"]
+COMMANDS = ["list", "train", "resume", "eval", "imagine", "faceoff", "report", "bench", "data", "envs"]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_train_resume_and_eval_print_the_metrics(
     [
         ("layers", {"name", "summary", "config", "tiny_state_bytes"}),
         ("tasks", {"name", "summary", "config"}),
-        ("envs", {"name", "summary", "config"}),
+        ("envs", {"name", "summary", "observation", "context", "query", "config"}),
     ],
 )
 def test_list(what: str, keys: set[str], capsys: pytest.CaptureFixture[str]) -> None:

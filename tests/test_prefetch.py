@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from recollect.core.ahead import portable
 from recollect.core.errors import ConfigError, DataError, RunError
 from recollect.core.seeding import Streams
 from recollect.train import checkpoint as ckpt
 from recollect.train.batches import to_device
 from recollect.train.loop import StoppedError, train
 from recollect.train.metrics import read_metrics
-from recollect.train.prefetch import _packed, _portable, _unpacked, batches, check_workers
+from recollect.train.prefetch import _packed, _unpacked, batches, check_workers
 from recollect.train.run import RunConfig
 from toy_problem import Toy, ToyConfig, toy_run
 
@@ -173,8 +174,8 @@ def test_an_error_that_cannot_travel_keeps_its_words() -> None:
     class LocalError(Exception):
         pass
 
-    assert str(_portable(LocalError("here"))) == "LocalError: here"
-    assert type(_portable(DataError("there"))) is DataError
+    assert str(portable(LocalError("here"))) == "LocalError: here"
+    assert type(portable(DataError("there"))) is DataError
 
 
 def test_a_negative_number_is_refused_before_anything_is_written(tmp_path: Path) -> None:

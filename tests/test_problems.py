@@ -17,7 +17,7 @@ from recollect.core.files import locked
 from recollect.core.seeding import Streams
 from recollect.core.state import nbytes
 from recollect.core.types import Aux
-from recollect.envs import DistractingMemory
+from recollect.envs import DistractingMemory, MemoryMaze
 from recollect.eval.imagination import Dream, save_strips, squared_error, strip
 from recollect.eval.recall import recall_scores
 from recollect.layers.attention import Attention
@@ -26,6 +26,7 @@ from recollect.layers.hax import HAX
 from recollect.models.backbone import Backbone
 from recollect.models.language_model import LanguageModel
 from recollect.models.latent import LatentConfig
+from recollect.models.vision import Pixels
 from recollect.ops.patterns import KeySelection, Lsh
 from recollect.recipes import RECIPES, load_recipe
 from recollect.tasks import JointRecall
@@ -33,9 +34,11 @@ from recollect.tasks.batch import TokenBatch
 from recollect.tasks.oracles import ORACLES
 from recollect.train.batches import digest
 from recollect.train.loop import StoppedError, load_trained, train
+from recollect.train.prefetch import batches
 from recollect.train.recall import RecallConfig
 from recollect.train.run import FaceOff, RunConfig
 from recollect.train.world import World, WorldConfig, imagine_run
+from toy_env import ToyEnv
 
 TASK = JointRecall.Config(n_contexts=(2, 3), n_keys=(2, 4), n_values=5)
 
@@ -161,6 +164,26 @@ class TestWorld:
                 with pytest.raises(TimeoutError):
                     waiting.result(timeout=0.3)
             assert len(waiting.result(timeout=30)) == 3
+
+    def test_pictures_come_from_the_store_and_decide_the_size(self) -> None:
+        with pytest.raises(ConfigError, match="toy-pictures shows no tiles; use observation=pixels"):
+            replace(world_config(), env=ToyEnv.Config())
+        problem = World(replace(world_config("pixels"), env=ToyEnv.Config()))
+        batch = problem.batch(1, Streams(0), torch.device("cpu"))
+        numbers = Streams(0).numpy("data", "train", 1).integers(6, size=2)
+        store = problem._split("train").store
+        assert (batch.observation.numpy() == np.stack([store.episode(i)["image"] for i in numbers])).all()
+        vision = replace(world_config("pixels"), env=MemoryMaze.Config()).model().vision
+        assert isinstance(vision, Pixels)
+        assert vision.size == 64
+
+    def test_batches_made_ahead_are_the_same_bits(self) -> None:
+        run = replace(smoke("world", "gru"), problem=world_config("pixels"))
+        assert isinstance(run.problem, WorldConfig)
+        cpu = torch.device("cpu")
+        problem = run.problem.build()
+        with batches(run, problem, 1, cpu, 0) as here, batches(run, problem, 1, cpu, 2) as ahead:
+            assert [digest(here(step)) for step in (1, 2, 3)] == [digest(ahead(step)) for step in (1, 2, 3)]
 
 
 class TestDream:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias, Union, cast
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
+from recollect.cli.data_arguments import DATA, ENVS, Data, Envs, NestedCommand
 from recollect.train.run import Group
 
 Overrides: TypeAlias = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")]
@@ -206,7 +207,9 @@ class BenchDecode(_Measuring):
 
 
 Measurement: TypeAlias = BenchLayers | BenchAttention | BenchDecode
-Command: TypeAlias = List | Train | Resume | Eval | Imagine | FaceOff | Report | Bench | Measurement
+Command: TypeAlias = (
+    List | Train | Resume | Eval | Imagine | FaceOff | Report | Bench | Measurement | Data | Envs | NestedCommand
+)
 
 _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
     "list": (
@@ -260,6 +263,20 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
         "recollect bench attention --help\n"
         "recollect bench decode --help",
     ),
+    "data": (
+        Data,
+        "Make, check, show, import and export stores of episodes. Options: recollect data WHAT --help.",
+        "recollect data make distracting-memory-100 --episodes 1000 --out data/dm100\n"
+        "recollect data check data/dm100\n"
+        "recollect data show data/dm100 --episode 3 --out episode.gif\n"
+        "recollect data import --help\n"
+        "recollect data export --help",
+    ),
+    "envs": (
+        Envs,
+        "Play an environment. Options: recollect envs play --help. What there is: recollect list envs.",
+        "recollect envs play distracting-memory-100\nrecollect envs play distracting-memory-100 --script",
+    ),
 }
 
 _MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
@@ -282,6 +299,8 @@ _MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
     ),
 }
 
+_NESTED: dict[str, dict[str, tuple[Any, str, str]]] = {"bench": {**_MEASUREMENTS}, "data": {**DATA}, "envs": {**ENVS}}
+
 _ADDRESS = re.compile(r"auto|local|ray://.+|[^/]+:\d+")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
 
@@ -290,15 +309,15 @@ def parse(argv: Sequence[str]) -> Command:
     """The command that ``argv`` spells. Prints help and exits 0, or an explanation and exits 2, as is usual."""
     words, assignments = list(argv), ()
     chosen = words[0] if words and words[0] in _DESCRIPTIONS else None
-    if chosen in ("train", "faceoff"):
+    if chosen in ("train", "faceoff") or words[:2] in (["data", "make"], ["envs", "play"]):
         # Taken out first, so that they may stand anywhere: also after options that take several values.
         assignments = tuple(word for word in words if _ASSIGNMENT.match(word))
         words = [word for word in words if not _ASSIGNMENT.match(word)]
         words = [each for i, word in enumerate(words) for each in _with_address(word, words[i + 1 : i + 2])]
-    if chosen == "bench" and words[1:] and words[1] in _MEASUREMENTS:
-        kind, text, examples = _MEASUREMENTS[words[1]]
-        prog = f"recollect bench {words[1]}"
-        return _parsed(cast(Any, kind), prog, text + _indented(examples), words[2:])
+    if chosen in _NESTED and words[1:] and words[1] in _NESTED[chosen]:
+        kind, text, examples = _NESTED[chosen][words[1]]
+        command = _parsed(kind, f"recollect {chosen} {words[1]}", text + _indented(examples), words[2:])
+        return replace(command, overrides=assignments) if assignments else command
     commands = [
         Annotated[kind, subcommand(name, description=text + _indented(examples) if chosen else text)]
         for name, (kind, text, examples) in _DESCRIPTIONS.items()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from recollect.cli import arguments
+from recollect.cli import arguments, data_arguments
 from recollect.core.errors import RecollectError
 from recollect.train.directory import RunDirectory, load_run, read_json
 from recollect.train.run import RunConfig, default_directory
@@ -35,12 +35,20 @@ def execute(command: arguments.Command) -> int:
             return _faceoff(command)
         case arguments.Report():
             return _report(command.directory, command.publish)
-        case arguments.Bench():
-            raise AssertionError("parsed as what it measures")
+        case arguments.Bench() | data_arguments.Data() | data_arguments.Envs():
+            raise AssertionError("parsed as what it does")
+        case data_arguments.EnvsPlay():
+            from recollect.cli.play import play
+
+            return play(command)
         case arguments.BenchLayers() | arguments.BenchAttention() | arguments.BenchDecode():
             from recollect.cli.bench import bench
 
             return bench(command)
+        case _:
+            from recollect.cli.data import data
+
+            return data(command)
 
 
 def _list(command: arguments.List) -> int:

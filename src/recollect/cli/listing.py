@@ -43,7 +43,15 @@ def _envs() -> list[Row]:
     from recollect.envs import ENVS
 
     return [
-        {"name": name, "summary": _summary(type(config)), "config": to_dict(config)} for name, config in ENVS.items()
+        {
+            "name": name,
+            "summary": _summary(type(config)),
+            "observation": f"{config.observation} {'x'.join(map(str, config.observation_shape))}",
+            "context": config.context_length,
+            "query": config.query_length,
+            "config": to_dict(config),
+        }
+        for name, config in ENVS.items()
     ]
 
 
@@ -68,7 +76,7 @@ def _recipes() -> list[Row]:
 
 def _summary(entry: type[Any]) -> str:
     """The first paragraph of a docstring, on one line."""
-    return " ".join((entry.__doc__ or "").strip().split("\n\n")[0].split())
+    return " ".join((entry.__doc__ or "").strip().split("\n\n")[0].split()).replace("``", "")
 
 
 def _defaults(config: type[Any]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""A sweep as it runs: a live table on a terminal, otherwise a line per run from time to time."""
+"""What runs, as it runs: live on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from recollect.train.executors.base import Job
@@ -63,6 +64,37 @@ def table(title: str, jobs: Sequence[Job]) -> Table:
             _duration(job.left_s) if job.status == "running" else "",
         )
     return grid
+
+
+@contextmanager
+def counting(title: str) -> Generator[Callable[[int, int], None]]:
+    """A function of (done, all) that shows how far something is, and how long it still takes."""
+    console = Console()
+    if not console.is_terminal:
+        yield CountedLines(title)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class CountedLines:
+    """Prints how far something is each ``LINE_EVERY_S`` seconds. What was done before its first call has no speed."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        start, before = self._first = self._first or (now, done)
+        if now - self._printed >= LINE_EVERY_S:
+            self._printed = now
+            left = (total - done) * (now - start) / (done - before) if done > before else None
+            remaining = f", {_duration(left)} left" if left is not None else ""
+            print(f"{self._title}: {done} of {total}{remaining}", flush=True)
 
 
 def _parts(job: Job) -> list[str]:

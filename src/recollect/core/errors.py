@@ -33,3 +33,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line; users know our own by their text alone."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return str(error) if isinstance(error, RecollectError) else f"{type(error).__name__}: {first}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,3 +44,30 @@ def locked(path: Path, *, wait: bool) -> Generator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def lock_directory(path: Path) -> Callable[[], None]:
+    """Lock a directory for this process, also while it is renamed; returns what lets go of it.
+
+    BlockingIOError when another process, or this one, holds it. Systems and file systems without locks have none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return lambda: None
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise
+    except OSError:  # a file system without locks
+        os.close(held)
+        return lambda: None
+    descriptors = [held]
+
+    def unlock() -> None:
+        while descriptors:
+            os.close(descriptors.pop())
+
+    return unlock

@@ -12,6 +12,7 @@ from recollect.core.errors import ConfigError, nearest
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv
 from recollect.envs.distracting_memory import DistractingMemory
 from recollect.envs.maze import Maze
+from recollect.envs.memory_maze import MemoryMaze
 from recollect.envs.multi_doors_keys import MultiDoorsKeys
 from recollect.envs.rooms import Rooms
 
@@ -30,6 +31,10 @@ ENVS: dict[str, EnvConfig] = {
     "ten-rooms-teleport": Rooms.Config("ten", teleport=True),
     "maze-9x9": Maze.Config(9),
     "maze-15x15": Maze.Config(15),
+    "memory-maze-9x9": MemoryMaze.Config(9),
+    "memory-maze-11x11": MemoryMaze.Config(11),
+    "memory-maze-13x13": MemoryMaze.Config(13),
+    "memory-maze-15x15": MemoryMaze.Config(15),
 }
 """What each environment is by default; sizes are the config's, to be replaced: ``replace(config, width=50)``."""
 
@@ -58,6 +63,7 @@ __all__ = [
     "Frames",
     "Maze",
     "MemoryEnv",
+    "MemoryMaze",
     "MultiDoorsKeys",
     "Rooms",
     "find",

@@ -35,6 +35,9 @@ class EnvConfig(Config, ABC):
     block_episodes: ClassVar[int] = 256
     """Episodes drawn from one random stream. Part of the data's definition: another number gives other episodes."""
 
+    constant: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``Frames`` that do not change within an episode: a store keeps one row of each per episode."""
+
     @property
     def n_actions(self) -> int:
         """Width of a one-hot action."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from recollect.core.config import differences, dumps, to_dict
-from recollect.core.errors import ConfigError, RecollectError, RunError
+from recollect.core.errors import ConfigError, RecollectError, RunError, described
 from recollect.core.files import write_atomically
 from recollect.train.directory import OtherRunError, RunDirectory, read_json
-from recollect.train.executors.base import Executor, Job, described
+from recollect.train.executors.base import Executor, Job
 from recollect.train.run import FaceOff
 
 Display = Callable[[Sequence[Job]], None]

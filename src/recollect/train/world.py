@@ -17,6 +17,7 @@ from recollect.core.errors import ConfigError
 from recollect.core.files import locked
 from recollect.core.seeding import Streams
 from recollect.data import EpisodeStore, Windows, collect
+from recollect.data.writer import SCHEMA
 from recollect.envs.base import EnvConfig
 from recollect.envs.tiles import TILE_PIXELS
 from recollect.eval.imagination import Dream, dream, save_strips, strip
@@ -29,7 +30,8 @@ from recollect.train.loop import load_trained
 from recollect.train.problem import Evaluation, Problem
 from recollect.train.run import ProblemConfig
 
-KEYS = ("tiles", "action", "reward", "is_first")
+KEYS = ("action", "reward", "is_first")
+"""What is read beside what is seen."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class WorldConfig(ProblemConfig, kind="world"):
         for name in ("batch_size", "n_episodes", "n_valid", "n_test"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"world.{name} must be at least 1, got {getattr(self, name)}")
+        if self.env.observation == "image" and self.observation == "tiles":
+            raise ConfigError(f"world.observation: {self.env.kind} shows no tiles; use observation=pixels")
 
     def build(self) -> World:
         return World(self)
@@ -66,7 +70,7 @@ class WorldConfig(ProblemConfig, kind="world"):
         vision = (
             Tiles(n_codes=self.env.n_codes, hidden=self.hidden)
             if self.observation == "tiles"
-            else Pixels(size=5 * TILE_PIXELS, depth=self.depth)
+            else Pixels(size=self._side(), depth=self.depth)
         )
         return WorldModel.Config(
             n_actions=self.env.n_actions,
@@ -78,6 +82,10 @@ class WorldConfig(ProblemConfig, kind="world"):
             free_nats=self.free_nats,
             reward_weight=self.reward_weight,
         )
+
+    def _side(self) -> int:
+        """Pixels along a side of what is seen."""
+        return self.env.observation_shape[0] * (TILE_PIXELS if self.env.observation == "tiles" else 1)
 
 
 class World(Problem):
@@ -142,14 +150,16 @@ class World(Problem):
 
     def _load(self, windows: Windows, numbers: npt.ArrayLike, device: torch.device) -> Batch:
         arrays = windows.batch_at(numbers)
-        batch = Batch(*(torch.from_numpy(arrays[key]).to(device) for key in KEYS))
-        if self.config.observation == "tiles":
+        seen = self.config.env.observation
+        batch = Batch(*(torch.from_numpy(arrays[key]).to(device) for key in (seen, *KEYS)))
+        if seen == self.config.observation or seen == "image":
             return batch
         return batch._replace(observation=render_on(batch.observation))
 
     def _split(self, split: str) -> Windows:
         if split not in self._windows:
-            self._windows[split] = Windows(self._store(split), keys=KEYS)
+            keys = (self.config.env.observation, *KEYS)
+            self._windows[split] = Windows(self._store(split), keys=keys)
         return self._windows[split]
 
     def _store(self, split: str) -> EpisodeStore:
@@ -157,7 +167,8 @@ class World(Problem):
         c = self.config
         n = {"train": c.n_episodes, "valid": c.n_valid, "test": c.n_test}[split]
         root = Path(os.environ.get("RECOLLECT_DATA", "runs/data"))
-        path = root / f"{c.env.kind}-{fingerprint(c.env)}-{split}-seed{c.data_seed}-{n}"
+        # With the schema in its name, a store of an older version is left alone and not met.
+        path = root / f"{c.env.kind}-{fingerprint(c.env)}-{split}-seed{c.data_seed}-{n}-v{SCHEMA}"
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / f"{path.name}.lock", wait=True):
             return collect(c.env, n, c.data_seed, path, split)

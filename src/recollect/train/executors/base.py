@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from recollect.core.errors import RecollectError
 from recollect.train.directory import RunDirectory
 from recollect.train.metrics import read_metrics
 from recollect.train.run import RunConfig
@@ -100,12 +99,6 @@ class Executor(Protocol):
     def stop(self) -> None:
         """End what is under way, with a checkpoint where that is possible; also called when nothing is."""
         ...
-
-
-def described(error: BaseException) -> str:
-    """An exception in one line; users know our own by their text alone."""
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return str(error) if isinstance(error, RecollectError) else f"{type(error).__name__}: {first}"
 
 
 def log_traceback(where: RunDirectory, error: BaseException) -> None:

@@ -8,7 +8,6 @@ and goes on from its last checkpoint; an exception is not retried, it would come
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import socket
 import uuid
@@ -17,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from recollect.core.errors import RecollectError, RunError
+from recollect.core.cluster import RETRIES, RayConnection
+from recollect.core.errors import RecollectError, RunError, described
 from recollect.train.directory import RunDirectory
-from recollect.train.executors.base import GRACE_S, POLL_S, Job, described, log_traceback
+from recollect.train.executors.base import GRACE_S, POLL_S, Job, log_traceback
 from recollect.train.run import RunConfig
 from recollect.train.runtime import SWEEP_COMMAND, own_command, stop_on_signals
 
-RETRIES = 3
 PROBE_S = 60.0
 """How long a node may take to say whether it sees the directory."""
 
@@ -33,31 +32,26 @@ Outcome = tuple[Literal["finished", "failed"], str]
 class Cluster:
     """Hands every job to Ray at once: one CPU each, and one GPU each on ``cuda``.
 
-    ``address`` as ``ray.init`` takes it: "auto" for the cluster of this machine, "local" for a new one, host:port or
-    ray://...; empty for RAY_ADDRESS where it is set, else a cluster that runs here, else a new one.
-    Raises RecollectError without Ray, and at the first ``start`` when there is no such cluster or one of its nodes does
-    not see the directory.
+    ``address`` is that of a ``core.cluster.RayConnection``. Raises RecollectError without Ray, and at the first
+    ``start`` when there is no such cluster or one of its nodes does not see the directory.
     """
 
     slots: int | None = None
 
     def __init__(self, address: str = "", device: str = "cpu") -> None:
-        try:
-            self._ray: Any = importlib.import_module("ray")
-        except ImportError:
-            raise RecollectError("--ray needs Ray: pip install 'recollect[cluster]'") from None
+        self._connection = RayConnection(address)
+        self._ray: Any = self._connection.ray
         if device not in ("cpu", "cuda"):
             raise RecollectError(f"Ray gives every run a GPU of its own: use --device cuda, not {device}")
-        self.address, self.device = address, device
+        self.device = device
         self._tasks: dict[Any, Job] = {}
-        self._connected = self._ours = False
 
     def start(self, job: Job) -> None:
         """Queue the job; it runs as soon as a node has a CPU (and a GPU) to spare."""
-        if not self._connected:
+        if not self._connection.connected:
             self._connect(job.where.path)
         gpus = 1 if self.device == "cuda" else 0
-        task = self._remote(run_task, num_cpus=1, num_gpus=gpus, max_retries=RETRIES)
+        task = self._connection.remote(run_task, num_cpus=1, num_gpus=gpus, max_retries=RETRIES)
         job.status = "queued"
         job.where.begun.unlink(missing_ok=True)
         self._tasks[task.remote(job.run, str(job.where.path.resolve()), self.device, own_command())] = job
@@ -84,7 +78,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Interrupt every task, wait for the checkpoints, kill what takes longer than ``GRACE_S``, and leave Ray."""
-        if not self._connected:
+        if not self._connection.connected:
             return
         tasks = list(self._tasks)
         for task in tasks:
@@ -95,21 +89,12 @@ class Cluster:
                 self._ray.cancel(task, force=True)
         for job in self._tasks.values():
             job.status = "waiting"
-        self._tasks, self._connected = {}, False
-        if self._ours:
-            self._ray.shutdown()
+        self._tasks = {}
+        self._connection.leave()
 
     def _connect(self, directory: Path) -> None:
-        ray = self._ray
-        if not ray.is_initialized():
-            try:
-                ray.init(address=self.address or None, logging_level=logging.ERROR, log_to_driver=False)
-            except Exception as error:
-                where = f"the Ray cluster '{self.address}'" if self.address else "a Ray cluster"
-                raise RecollectError(f"cannot connect to {where}: {described(error)}") from None
-            self._ours = True
-        self._connected = True
-        if self.device == "cuda" and not ray.cluster_resources().get("GPU"):
+        self._connection.connect()
+        if self.device == "cuda" and not self._ray.cluster_resources().get("GPU"):
             raise RecollectError("the Ray cluster has no GPU; use --device cpu")
         self._probe(directory)
 
@@ -121,7 +106,7 @@ class Cluster:
         token.touch()
         try:
             asked = {
-                self._remote(sees, num_cpus=0, scheduling_strategy=affinity(node, soft=False)).remote(
+                self._connection.remote(sees, num_cpus=0, scheduling_strategy=affinity(node, soft=False)).remote(
                     str(token.resolve())
                 ): host
                 for node, host in nodes.items()
@@ -136,9 +121,6 @@ class Cluster:
                     raise RecollectError(unseen(host, directory.resolve()))
         finally:
             token.unlink(missing_ok=True)
-
-    def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
-        return self._ray.remote(**options)(function)
 
 
 def unseen(host: str, directory: Path) -> str:

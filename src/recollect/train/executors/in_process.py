@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from recollect.train.executors.base import POLL_S, Job, described, log_traceback
+from recollect.core.errors import described
+from recollect.train.executors.base import POLL_S, Job, log_traceback
 from recollect.train.loop import StoppedError, train
 from recollect.train.runtime import resolve_device, stop_on_signals
 
