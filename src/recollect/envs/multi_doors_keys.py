@@ -90,6 +90,7 @@ class MultiDoorsKeys(GridWorld):
         """
 
         actions: ClassVar[tuple[str, ...]] = ("left", "right", "forward", "pickup", "toggle")
+        constant: ClassVar[tuple[str, ...]] = ("door_colours", "key_colours")
 
         n_doors: int = 3
         n_colours: int = len(COLOURS)

@@ -13,7 +13,7 @@ from recollect.envs.base import EnvConfig, Frames, Observation
 from recollect.envs.maze.plans import RoomRules, draw_scenes
 from recollect.envs.rooms import oracle
 from recollect.envs.rooms.scene import DOME_RGB, SIZE, Bytes, Floats, Scene
-from recollect.envs.rooms.walk import ACTIONS, FirstPerson, marks, pictures, probes
+from recollect.envs.rooms.walk import ACTIONS, CONSTANT, FirstPerson, marks, pictures, probes
 
 SIZES = (9, 11, 13, 15)
 CONTEXT, QUERY = 501, 500
@@ -66,6 +66,7 @@ class Maze(FirstPerson):
         actions: ClassVar[tuple[str, ...]] = ACTIONS
         observation: ClassVar[Observation] = "image"
         block_episodes: ClassVar[int] = 8
+        constant: ClassVar[tuple[str, ...]] = CONSTANT
 
         size: int = 9
         border: bool = False

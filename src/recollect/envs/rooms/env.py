@@ -14,7 +14,7 @@ from recollect.envs.rooms import oracle
 from recollect.envs.rooms.layouts import Layout, RoomsName, draw_scenes, draw_starts, layout, room_of
 from recollect.envs.rooms.scene import SIZE, Bytes, Floats, Scene
 from recollect.envs.rooms.schedules import SCHEDULES, Schedule
-from recollect.envs.rooms.walk import ACTIONS, FirstPerson, marks, pictures, probes
+from recollect.envs.rooms.walk import ACTIONS, CONSTANT, FirstPerson, marks, pictures, probes
 
 
 class Episodes(NamedTuple):
@@ -60,6 +60,7 @@ class Rooms(FirstPerson):
         actions: ClassVar[tuple[str, ...]] = ACTIONS
         observation: ClassVar[Observation] = "image"
         block_episodes: ClassVar[int] = 8
+        constant: ClassVar[tuple[str, ...]] = CONSTANT
 
         rooms: RoomsName = "two"
         teleport: bool = False

@@ -17,6 +17,10 @@ ACTIONS = ("noop", "forward", "left", "right", "forward_left", "forward_right")
 """As in ``motion``, which is compiled and so not imported before it is used."""
 
 
+CONSTANT = ("maze_layout", "cells", "targets_pos", "targets_color")
+"""Those of ``probes`` that stay as they are within an episode."""
+
+
 def probes(scene: Scene, states: Floats) -> Frames:
     """What probes may ask of n episodes of T frames, given states (n, T, 5); Memory Maze's names where it has one.
 
