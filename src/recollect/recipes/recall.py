@@ -20,11 +20,12 @@ name                 keys of the budget k                                       
 ``+full``            the whole past, without a budget                                        not reported
 ===================  =====================================================================  ===================
 
-All attention branches start with unit queries and keys and a gate of 3, at which attention is learned soonest
-(``docs/log.md``). Where the set is learned (``+lsh``, ``+ks``, ``+hax``) some queries of every training step read
-everything (``SparseOptions.explore``), and hashes are learned and probed twice. ``+hax-published`` is the paper's
-layer: plain products, gate 1, a hash drawn at random, its loss for key selection. The published protocol trains each
-row at three rates, takes the best on validation, and has neither a curriculum nor a cosine::
+All attention branches start with unit queries and keys, and those that choose by content with a gate of 3, at which
+attention is learned soonest; for windows, sinks and dilations 1 is better (``docs/log.md``). Where the set is learned
+(``+lsh``, ``+ks``, ``+hax``) some queries of every training step read everything (``SparseOptions.explore``), and
+hashes are learned and probed twice. ``+hax-published`` is the paper's layer: plain products, gate 1, a hash drawn at
+random, its loss for key selection. The published protocol trains each row at three rates, takes the best on validation,
+and has neither a curriculum nor a cosine::
 
     recollect faceoff recall-published --lrs 3e-3 1e-3 3e-4 --seeds 0 1 2 \
         train.steps=400000 train.schedule=constant problem.curriculum=[]
@@ -50,6 +51,8 @@ from recollect.train.recall import RecallConfig
 from recollect.train.run import FaceOff, RunConfig, TrainConfig
 
 BRANCHES = ("dilated", "window", "window+dilated", "sink", "lsh", "ks", "hax", "full")
+CHOOSING = ("lsh", "ks", "hax", "full")
+"""Branches whose keys depend on what the query asks; what position alone decides learns worse behind a loud gate."""
 MICRO_ROWS = ("mamba2", "mamba2+window", "mamba2+lsh", "mamba2+ks", "mamba2+hax", "mamba2+full")
 
 
@@ -100,7 +103,7 @@ class Scale:
             d_key=self.d_key,
             normalise="l2",
             learn_scale=True,
-            gate_init=3.0,
+            gate_init=3.0 if branch in CHOOSING else 1.0,
         )
         if branch in ("lsh", "hax"):
             layer = replace(layer, planes="projected")
