@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_a_run_learns_and_leaves_its_record(whole: Path) -> None:
     assert np.load(whole / "arrays.npz")["y"].shape == (64,)
     assert load_run(whole) == toy_run()
     environment = json.loads((whole / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")
     assert environment["threads"] == torch.get_num_threads()
     assert environment["earlier"] == []
     scored = [(r["step"], r["split"]) for r in read_metrics(whole / "metrics.jsonl") if "eval" in r]
