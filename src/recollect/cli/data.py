@@ -82,7 +82,7 @@ def _check(command: DataCheck) -> None:
     failed: list[str] = []
     for path in stores_below(command.directory):
         if command.mend and (mended := mend(path)):
-            print(f"{path}: {mended} blocks made again")
+            print(f"{path}: {mended} {'block' if mended == 1 else 'blocks'} made again")
         with counting(f"{path}: blocks") as progress:
             report = check(path, progress)
         for problem in report.problems:
