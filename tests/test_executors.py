@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +31,13 @@ def _children_find_the_toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _handlers_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line takes SIGTERM over for the rest of its process, which here is the test's."""
-    monkeypatch.setattr("recollect.cli.commands.signal.signal", lambda *_: None)
+def _signals() -> Iterator[None]:
+    """As in a terminal, and then back: commands set handlers, and background jobs start with interrupts ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def statuses(jobs: Sequence[Job]) -> dict[str, str]:
@@ -148,8 +152,6 @@ def test_an_interruption_leaves_a_checkpoint_and_the_same_call_goes_on(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     single = FaceOff("one", "", (fragile_run("first", steps=40, eval_every=0, checkpoint_every=40),))
-    # A shell's background jobs are started with interrupts ignored.
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(jobs: Sequence[Job]) -> None:
@@ -162,7 +164,6 @@ def test_an_interruption_leaves_a_checkpoint_and_the_same_call_goes_on(
     with pytest.raises(KeyboardInterrupt):
         run_faceoff(single, tmp_path, display=interrupt)
     assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGINT, outside)
     place = tmp_path / "recall/first/seed0"
     (stem,) = ckpt.stems(place / "checkpoints")
     assert 3 <= ckpt.step_of(stem) < 40

@@ -15,12 +15,14 @@ from recollect.data import EpisodeStore
 
 def data(command: DataCommand) -> int:
     """Carry out one of them; returns the exit code."""
-    # A terminated command leaves as an interrupted one does: its worker processes end first.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A terminated command leaves as an interrupted one does: its worker processes end first. A shell that starts it in
+    # the background has it ignore interrupts; who sends one all the same means it.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _carry_out(command)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

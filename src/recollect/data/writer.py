@@ -156,6 +156,8 @@ class StoreWriter:
                 raise DataError(f"{self.partial} holds something else: remove it or choose another path")
             else:
                 _replace(self.partial / "progress.json", self._progress)
+            for stray in self.partial.glob(".*.partial"):  # of a writer that was killed while it wrote one
+                stray.unlink()
             for key in self._progress["keys"]:
                 self._truncate(key)
 

@@ -38,8 +38,9 @@ class Terminal:
 
     def __enter__(self) -> Self:
         self._before: list[Any] = self._termios.tcgetattr(self._input)
-        # A terminated game leaves through __exit__ too.
-        self._handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # A terminated game leaves through __exit__ too, and one whose shell has it ignore interrupts.
+        ends = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {number: signal.signal(number, signal.default_int_handler) for number in ends}
         self._tty.setcbreak(self._input)
         changed = self._termios.tcgetattr(self._input)
         changed[6][self._termios.VSUSP] = b"\0"  # stopped in the background, it could not put the terminal back
@@ -48,7 +49,8 @@ class Terminal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> bool:
-        signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         self._termios.tcsetattr(self._input, self._termios.TCSADRAIN, self._before)
         self._write(LEAVE)
         return kind is KeyboardInterrupt
