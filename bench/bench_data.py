@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recollect import __version__
 from recollect.data import EpisodeStore, Windows, collect
 from recollect.data.check import check
 from recollect.envs import find
+from recollect.train.runtime import environment
 
 FRAME, LENGTH, WINDOW, BATCH = (64, 64, 3), 500, 100, 32
 
@@ -104,7 +105,8 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:45} {value:>12,.1f}")
     if arguments.output is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+        facts = environment(torch.device("cpu"))
+        machine = {key: facts[key] for key in ("device", "commit", "python")} | {"load": os.getloadavg()[0]}
         result = {"recollect": __version__, "numpy": np.__version__, **machine, "measured": found}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +26,10 @@ from recollect.envs import ENVS, DistractingMemory, EnvConfig
 from recollect.eval.pictures import render_on
 from recollect.tasks import TASKS, JointRecall
 from recollect.tasks.joint_recall import published_stream
+from recollect.train.runtime import environment
+
+GRID_WORLDS = [name for name, config in ENVS.items() if config.observation == "tiles"]
+"""What shows pictures has its own script, ``bench_rooms.py``."""
 
 
 def best_rate(work: Callable[[], Any], items: int, runs: int = 7) -> float:
@@ -95,19 +99,25 @@ def main() -> None:
     """Print the rates and, where a path is given, write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", nargs="?", type=Path, help="JSON file to write")
-    parser.add_argument("--env", nargs="*", choices=list(ENVS), help="these environments only, and nothing else")
+    parser.add_argument(
+        "--env",
+        nargs="*",
+        choices=list(ENVS),
+        help="these only; default: grid worlds, stores, tasks",
+    )
     parser.add_argument("--runs", type=int, default=7, help="runs of which the best counts (default: 7)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     environments: dict[str, dict[str, float]] = {}
-    for name in arguments.env or ENVS:
+    for name in arguments.env or GRID_WORLDS:
         environments[name] = measure_environment(ENVS[name], arguments.runs)
         print(f"{name:25}", *(f"{what} {rate:>11,.0f}" for what, rate in environments[name].items()), "frames/s")
     rates = {} if arguments.env else measure()
     for name, rate in rates.items():
         print(f"{name:45} {rate:>12,.0f}")
     if arguments.output is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
+        facts = environment(torch.device("cpu"))
+        machine = {key: facts[key] for key in ("device", "commit", "python")} | {"load": os.getloadavg()[0]}
         result = {"recollect": __version__, "numpy": np.__version__, **machine}
         result |= {"environments": environments, "rates": rates}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

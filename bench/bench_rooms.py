@@ -13,19 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recollect import __version__
 from recollect.envs import ENVS, Maze, Rooms
 from recollect.envs.maze import env as mazes
 from recollect.envs.rooms import env as rooms
 from recollect.envs.rooms.walk import pictures
+from recollect.train.runtime import environment
 
 
 def best_rate(work: Callable[[], Any], items: int, runs: int) -> float:
@@ -92,11 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rates = measure(arguments.runs)
     if arguments.output is not None:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "load": os.getloadavg()[0],
-        }
+        facts = environment(torch.device("cpu"))
+        machine = {key: facts[key] for key in ("device", "commit", "python")} | {"load": os.getloadavg()[0]}
         result = {"recollect": __version__, "numpy": np.__version__, **machine, "frames_per_second": rates}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
