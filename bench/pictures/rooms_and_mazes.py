@@ -1,6 +1,6 @@
 """The contact sheets of the rooms and mazes: a plan with the walk, beside frames of it.
 
-    python docs/envs/draw_sheets.py [FOLDER]
+    python bench/pictures/rooms_and_mazes.py [FOLDER]
 
 Context is drawn in white, the query in orange; the numbers on the plan are those of the frames.
 """
@@ -118,7 +118,7 @@ def stack(panels: list[Image.Image], path: Path) -> None:
 
 def main() -> None:
     """Write both sheets."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "docs" / "envs"
     rooms = ["two-rooms", "four-rooms", "ten-rooms", "two-rooms-teleport", "four-rooms-teleport"]
     stack([panel(name, 3 + i) for i, name in enumerate(rooms)], folder / "rooms.png")
     stack([panel("maze-9x9", 1), panel("maze-15x15", 2)], folder / "mazes.png")
