@@ -128,7 +128,7 @@ class HAX(SequenceLayer):
                 d_model,
                 mixer=mixer,
                 arrangement=_arrangement(mixer),
-                patterns=(Lsh(16, n_bits=5, n_rounds=2, rounds="probed"), KeySelection(16)),
+                patterns=(Lsh(16, n_bits=5, n_rounds=2, rule="argmax", rounds="probed"), KeySelection(16)),
                 d_key=16,
                 gate_init=gate_init,
                 normalise="l2",

@@ -92,7 +92,7 @@ class Scale:
 
     def lsh(self, n_keys: int) -> Lsh:
         """Half of the keys from the query's bucket, half from the next nearest."""
-        return Lsh(n_keys, n_bits=self.n_bits, n_rounds=2, rounds="probed")
+        return Lsh(n_keys, n_bits=self.n_bits, n_rounds=2, rule="argmax", rounds="probed")
 
     def branched(self, mixer: LayerConfig, branch: str) -> HAX.Config:
         """``mixer`` joined by attention over the keys of ``branch``."""
