@@ -25,21 +25,9 @@ from recollect.data.collection import SPLITS, fill
 from recollect.data.columns import Encoded, encode
 from recollect.data.store import EpisodeStore
 from recollect.data.writer import StoreWriter
-from recollect.envs.memory_maze import SIZES, MemoryMaze
+from recollect.envs.memory_maze import PROBES, SIZES, MemoryMaze
 
-KEYS = (
-    "image",
-    "action",
-    "reward",
-    "maze_layout",
-    "agent_pos",
-    "agent_dir",
-    "targets_pos",
-    "targets_vec",
-    "target_pos",
-    "target_vec",
-    "target_color",
-)
+KEYS = ("image", "action", "reward", *PROBES)
 BYTES = ("image", "maze_layout")
 UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
 """What numpy raises over a file that is no whole ``.npz``."""

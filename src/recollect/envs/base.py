@@ -87,13 +87,13 @@ class EnvConfig(Config, ABC):
         """
 
 
-class MemoryEnv(gymnasium.Env[npt.NDArray[np.uint8], np.int64]):
+class MemoryEnv(gymnasium.Env[npt.NDArray[np.uint8], np.int64], ABC):
     """An environment to step through; it shows the ``observation`` of its config."""
 
+    @abstractmethod
     def hidden_state(self) -> dict[str, Any]:
         """What the observation does not show, by the names of the probing keys of ``EnvConfig.generate``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scripted_actions(self) -> npt.NDArray[np.uint8]:
         """The actions (episode_length - 1,) of the scripted policy from the start of this episode."""
-        raise NotImplementedError

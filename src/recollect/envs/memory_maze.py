@@ -31,6 +31,7 @@ from gymnasium import spaces
 
 from recollect.core.errors import ConfigError, described
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv, Observation
+from recollect.envs.rooms.walk import ACTIONS
 from recollect.envs.tiles import Bytes
 
 PIXELS = 64
@@ -67,7 +68,7 @@ class MemoryMaze(MemoryEnv):
         Raises ConfigError for another size, or ``steps`` of a scripted episode outside those of the game.
         """
 
-        actions: ClassVar[tuple[str, ...]] = ("none", "forward", "left", "right", "forward-left", "forward-right")
+        actions: ClassVar[tuple[str, ...]] = ACTIONS
         observation: ClassVar[Observation] = "image"
         block_episodes: ClassVar[int] = 1
         constant: ClassVar[tuple[str, ...]] = ("maze_layout",)
