@@ -238,14 +238,39 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         collect(TOY, 4, 0, tmp_path / "file" / "store")
 
 
+def test_what_a_killed_writer_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    path, identity = tmp_path / "store", {"env": {}, "n_actions": 3, "seed": 0, "split": "train"}
+    StoreWriter(path, identity).close()
+    stray = partial_path(path) / ".progress.json.1.partial"
+    stray.write_text("{")
+    with StoreWriter(path, identity):
+        assert not stray.exists()
+
+
 def test_interrupted_by_hand(tmp_path: Path) -> None:
     """Ctrl-C reaches the whole group: exit code 130, one line that says how to go on, and nobody is left."""
     path = tmp_path / "store"
-    command = [sys.executable, "-m", "recollect", "data", "make", "distracting-memory-100", "--out", str(path)]
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # with interrupts ignored, as by a shell's "&"
+    command = [
+        *background,
+        sys.executable,
+        "-m",
+        "recollect",
+        "data",
+        "make",
+        "distracting-memory-100",
+        "--out",
+        str(path),
+    ]
     command += ["--episodes", "1000000", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": PATH}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while written(path) == 0:

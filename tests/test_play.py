@@ -104,6 +104,10 @@ def test_half_blocks_carry_two_pixels_each() -> None:
     assert len(half_blocks(np.zeros((5, 5, 3), np.uint8), 80, 16)) == 3
 
 
+BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+"""As a shell starts what it puts into the background: with interrupts ignored."""
+
+
 @pytest.mark.parametrize("how", ["key", "escape", "interrupt", "terminate", "error"])
 def test_the_terminal_is_as_before_however_the_game_ends(how: str, tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
@@ -114,7 +118,7 @@ def test_the_terminal_is_as_before_however_the_game_ends(how: str, tmp_path: Pat
     if how == "error":
         broken = "from recollect.envs import DistractingMemory as D; D.hidden_state = lambda s: 1 / 0"
         code = f"{broken}; {code}"
-    words = [sys.executable, "-c", code, "envs", "play", "distracting-memory-100", "width=12"]
+    words = [*BACKGROUND, sys.executable, "-c", code, "envs", "play", "distracting-memory-100", "width=12"]
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
             words,
