@@ -95,12 +95,12 @@ def test_rounds_and_rules_reach_the_attention(rule: Any) -> None:
 def test_probed_rounds_read_the_nearest_buckets_in_order() -> None:
     """Against every bucket's distance, written out: the sum of |projection| over the bits in which it differs."""
     code = double(5, 40, 2, 4)
-    found = probed_buckets(code, "sign", 5)
     bits = (torch.arange(16)[:, None] >> torch.arange(4)) & 1
     differs = bits != (code > 0)[..., None, :]
     distance = (code.abs()[..., None, :] * differs).sum(-1)
-    assert torch.equal(found, distance.argsort(-1)[..., :5])
-    assert torch.equal(found[..., 0], read_buckets(code, "sign"))
+    for n in (1, 2, 3, 5):
+        assert torch.equal(probed_buckets(code, "sign", n), distance.argsort(-1)[..., :n])
+    assert torch.equal(probed_buckets(code, "sign", 2)[..., 0], read_buckets(code, "sign"))
     assert torch.equal(probed_buckets(code, "argmax", 3), code.argsort(-1, descending=True)[..., :3])
 
 
