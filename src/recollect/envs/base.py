@@ -38,6 +38,13 @@ class EnvConfig(Config, ABC):
     constant: ClassVar[tuple[str, ...]] = ()
     """Keys of ``Frames`` that do not change within an episode: a store keeps one row of each per episode."""
 
+    rewarded: ClassVar[bool] = False
+    """Whether the reward of the last step is what a memory is needed for."""
+    judged: ClassVar[bool] = False
+    """Whether ``judge`` has something to say of imagined observations."""
+    probed: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``Frames`` that a probe is asked: layout, position, direction, objects, in this order; or none."""
+
     @property
     def n_actions(self) -> int:
         """Width of a one-hot action."""
@@ -85,6 +92,13 @@ class EnvConfig(Config, ABC):
         It sees the context of ``frames`` and the actions of the query, and predicts what the query shows. It reads
         what is seen and done, not the keys for probes; what it cannot know is not asked.
         """
+
+    def judge(self, imagined: npt.NDArray[np.uint8], frames: Frames) -> dict[str, float]:  # noqa: ARG002 (of some)
+        """What imagined observations (n, query_length, ...) get right beyond the look of frames, each at best 1.
+
+        ``frames`` are the whole episodes: ``observation`` and ``action``. Nothing, unless ``judged``.
+        """
+        return {}
 
 
 class MemoryEnv(gymnasium.Env[npt.NDArray[np.uint8], np.int64], ABC):

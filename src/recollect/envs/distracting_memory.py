@@ -88,6 +88,7 @@ class DistractingMemory(GridWorld):
         actions: ClassVar[tuple[str, ...]] = ("left", "right", "forward")
         n_codes: ClassVar[int] = N_FLOOR_CODES
         constant: ClassVar[tuple[str, ...]] = ("cue", "objects", "goal")
+        rewarded: ClassVar[bool] = True
 
         width: int = 100
         p_distractor: float = 0.5

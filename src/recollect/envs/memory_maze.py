@@ -31,7 +31,7 @@ from gymnasium import spaces
 
 from recollect.core.errors import ConfigError, described
 from recollect.envs.base import EnvConfig, Frames, MemoryEnv, Observation
-from recollect.envs.rooms.walk import ACTIONS
+from recollect.envs.rooms.walk import ACTIONS, PROBED
 from recollect.envs.tiles import Bytes
 
 PIXELS = 64
@@ -72,6 +72,7 @@ class MemoryMaze(MemoryEnv):
         observation: ClassVar[Observation] = "image"
         block_episodes: ClassVar[int] = 1
         constant: ClassVar[tuple[str, ...]] = ("maze_layout",)
+        probed: ClassVar[tuple[str, ...]] = PROBED
 
         size: int = 9
         steps: int = 1000

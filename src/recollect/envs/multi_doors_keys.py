@@ -91,6 +91,7 @@ class MultiDoorsKeys(GridWorld):
 
         actions: ClassVar[tuple[str, ...]] = ("left", "right", "forward", "pickup", "toggle")
         constant: ClassVar[tuple[str, ...]] = ("door_colours", "key_colours")
+        judged: ClassVar[bool] = True
 
         n_doors: int = 3
         n_colours: int = len(COLOURS)
@@ -127,7 +128,11 @@ class MultiDoorsKeys(GridWorld):
 
             ``view``: how often it foretells every tile of a frame of the query, but for those never seen.
             """
-            return scores(foretell(frames, self.n_doors, self.context_length), frames, self.context_length)
+            return self.judge(foretell(frames, self.n_doors, self.context_length), frames)
+
+        def judge(self, imagined: Bytes, frames: Frames) -> dict[str, float]:
+            """``doors`` and ``view`` as the oracle's, of imagined tiles (n, query_length, 5, 5)."""
+            return scores(imagined, frames, self.context_length)
 
     def __init__(
         self,

@@ -1,16 +1,16 @@
-"""What a world model remembers when its eyes are closed: rewards and frames imagined after a context.
+"""What a world model remembers when its eyes are closed: frames and rewards imagined after a context.
 
-*Inference*: the whole episode is observed; the reward of the last step is read from history and posterior.
-*Imagination*: only the context is observed; the query is imagined under the true actions, and the reward is read at
-its end. Both count as right when the predicted reward is on the true side of 1/2. Frame errors are squared errors
-summed over pixels and channels in [0, 1], averaged over frames and episodes; tile codes are drawn first, so both
-observations compare.
+*Reconstruction*: the whole episode is observed, and every frame but the first is decoded from history and posterior.
+*Inference*: likewise, and the reward of the last step is read. *Generation* or *imagination*: only the context is
+observed; the query is imagined under the true actions, and the reward is read at its end.
+
+Rewards count as right when predicted on the true side of 1/2. Frame errors are squared errors summed over pixels and
+channels in [0, 1]; tile codes are drawn first, so both observations compare.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,107 +18,160 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recollect.core.errors import RunError
+from recollect.core.errors import DataError
 from recollect.eval.pictures import render_on
 from recollect.models.world_model import Batch, WorldModel
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Dream:
-    """One batch of episodes: what was, what was reconstructed while watching, and what was imagined from the
-    context on.
-    """
+class Scores:
+    """Of n episodes of T frames, the last ``query`` of which were imagined too."""
 
-    context: int
-    truth: Bytes  # (n, query, H, W, 3)
-    imagined: Bytes  # (n, query, H, W, 3)
-    reconstruction_mse: float
-    generation_mse: npt.NDArray[np.float64]  # (query,) mean over episodes
-    reward_true: npt.NDArray[np.float32]  # (n,) at the last step
+    reconstruction: Floats
+    """(n, T - 1) error of every reconstructed frame, from the second on."""
+    generation: Floats
+    """(n, query) error of every imagined frame."""
+    reward_true: npt.NDArray[np.float32]
+    """(n,) at the last step."""
     reward_inferred: npt.NDArray[np.float32]
     reward_imagined: npt.NDArray[np.float32]
 
     @property
-    def inference_accuracy(self) -> float:
-        """Share of episodes whose last reward is predicted from the whole episode."""
-        return float(((self.reward_inferred > 0.5) == (self.reward_true > 0.5)).mean())
+    def context(self) -> int:
+        """Frames that were observed before the dream."""
+        return self.reconstruction.shape[1] + 1 - self.generation.shape[1]
 
-    @property
-    def imagination_accuracy(self) -> float:
-        """Share of episodes whose last reward is predicted from the context alone."""
-        return float(((self.reward_imagined > 0.5) == (self.reward_true > 0.5)).mean())
+    def errors(self, n_values: int) -> dict[str, float]:
+        """Mean frame errors, context and query apart, and the dream's peak signal-to-noise ratio in dB, for frames of
+        ``n_values`` numbers.
+        """
+        cut = self.context - 1
+        generation = float(self.generation.mean())
+        return {
+            "reconstruction_mse": float(self.reconstruction.mean()),
+            "reconstruction_mse_context": float(self.reconstruction[:, :cut].mean()) if cut else 0.0,
+            "reconstruction_mse_query": float(self.reconstruction[:, cut:].mean()),
+            "generation_mse": generation,
+            "generation_psnr": float(-10 * np.log10(max(generation / n_values, 1e-10))),
+        }
+
+    def rewards(self) -> dict[str, float]:
+        """How often the last reward is right, from the whole episode and from its context."""
+        truth = self.reward_true > 0.5
+        return {
+            "inference_accuracy": float(((self.reward_inferred > 0.5) == truth).mean()),
+            "imagination_accuracy": float(((self.reward_imagined > 0.5) == truth).mean()),
+        }
+
+
+@dataclass(frozen=True)
+class Dream:
+    """Scores of a batch of episodes, and what was imagined: the query of the truth and of the dream as the model sees
+    (n, query, ...), and as pictures (n, query, H, W, 3).
+    """
+
+    scores: Scores
+    imagined: Bytes
+    truth_pictures: Bytes
+    imagined_pictures: Bytes
 
 
 @torch.no_grad()
 def dream(model: WorldModel, batch: Batch, context: int, generator: torch.Generator) -> Dream:
-    """Observe ``context`` frames of whole episodes, imagine the rest, and compare. ``generator`` samples latents."""
+    """Observe ``context`` frames of whole episodes, imagine the rest, and compare. ``generator`` samples latents.
+
+    Raises DataError for episodes without frames after the context.
+    """
+    length = batch.is_first.shape[1]
+    if not 0 < context < length:
+        raise DataError(f"episodes of {length} frames are too short to imagine what follows a context of {context}")
     seen = model.observe(batch, generator=generator)
-    rebuilt = _picture(model.reconstruct(seen.h[:, 1:], seen.z[:, 1:]))
-    frames = _picture(batch.observation)
+    rebuilt = picture(model.reconstruct(seen.h[:, 1:], seen.z[:, 1:]))
+    frames = picture(batch.observation)
     before = model.observe(Batch(*(field[:, :context] for field in batch)), generator=generator)
     ahead = model.imagine(before.state, batch.action[:, context:], generator=generator)
-    imagined = _picture(ahead.observation)
-    return Dream(
-        context=context,
-        truth=frames[:, context:],
-        imagined=imagined,
-        reconstruction_mse=float(squared_error(rebuilt, frames[:, 1:]).mean()),
-        generation_mse=squared_error(imagined, frames[:, context:]).mean(0),
+    imagined = picture(ahead.observation)
+    scores = Scores(
+        reconstruction=squared_error(rebuilt, frames[:, 1:]),
+        generation=squared_error(imagined, frames[:, context:]),
         reward_true=batch.reward[:, -1].cpu().numpy(),
         reward_inferred=model.reward(seen.h[:, -1], seen.z[:, -1]).cpu().numpy(),
         reward_imagined=ahead.reward[:, -1].cpu().numpy(),
     )
+    return Dream(scores, ahead.observation.cpu().numpy(), frames[:, context:], imagined)
 
 
-def squared_error(a: Bytes, b: Bytes) -> npt.NDArray[np.float64]:
+def joined(parts: list[Scores]) -> Scores:
+    """The scores of all episodes, in order."""
+    return Scores(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Scores)))
+
+
+def squared_error(a: Bytes, b: Bytes) -> Floats:
     """Squared error on [0, 1] summed over pixels and channels: (n, T) for pictures (n, T, H, W, 3)."""
-    return np.square((a.astype(np.float32) - b) / 255).sum((-3, -2, -1), dtype=np.float64)
+    total = np.empty(a.shape[:2])
+    for i in range(len(a)):
+        # Differences of bytes squared and summed are whole numbers below 2^31 for frames up to 100 x 100.
+        apart = a[i].astype(np.int32) - b[i]
+        total[i] = np.einsum("thwc,thwc->t", apart, apart, dtype=np.int64) / 255.0**2
+    return total
 
 
-def strip(result: Dream, n: int = 4, frames: int = 10) -> dict[str, npt.NDArray[Any]]:
-    """A few episodes and evenly spaced frames of the query, truth and imagination, as arrays to draw or store."""
-    query = result.truth.shape[1]
-    at = np.unique(np.linspace(0, query - 1, min(frames, query)).round().astype(np.int64))
-    return {
-        "strip_truth": result.truth[:n, at],
-        "strip_imagined": result.imagined[:n, at],
-        "strip_step": result.context + at,
-        "strip_reward_true": result.reward_true[:n],
-        "strip_reward_imagined": result.reward_imagined[:n],
-    }
-
-
-def save_strips(strips: dict[str, npt.NDArray[Any]], out: Path, *, scale: int = 3, gap: int = 2) -> Path:
-    """Write ``strips.npz`` and ``strips.png`` into ``out``: per episode a row of true frames over a row of imagined
-    ones.
-
-    Returns the picture's path. Raises RunError when Pillow is not installed or ``out`` is not a directory.
-    """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise RunError("drawing needs the extra 'report': pip install 'recollect[report]'") from None
-    pairs = np.stack([strips["strip_truth"], strips["strip_imagined"]], 1)  # (n, 2, T, H, W, 3)
-    n, _, frames, height, width, _ = pairs.shape
-    picture = np.full((n * (2 * (height + gap) + 2 * gap), frames * (width + gap), 3), 255, dtype=np.uint8)
-    for i in range(n):
-        for j in range(2):
-            top = i * (2 * (height + gap) + 2 * gap) + j * (height + gap)
-            for t in range(frames):
-                left = t * (width + gap)
-                picture[top : top + height, left : left + width] = pairs[i, j, t]
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is a file; give --out a directory")
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out / "strips.npz", allow_pickle=False, **strips)
-    path = out / "strips.png"
-    image = Image.fromarray(picture)
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
-    return path
-
-
-def _picture(observation: Tensor) -> Bytes:
+def picture(observation: Tensor) -> Bytes:
     """Pictures (n, T, H, W, 3) of tile codes (n, T, h, w), or the pictures themselves."""
     return (render_on(observation) if observation.ndim == 4 else observation).cpu().numpy()
+
+
+class Gallery:
+    """Pictures of a few episodes out of many that pass by: the first, and those imagined best and worst.
+
+    ``frames`` evenly spaced steps of the query are kept of each; memory is that of ``n`` episodes of each kind.
+    """
+
+    KINDS = ("first", "best", "worst")
+
+    def __init__(self, n: int = 4, frames: int = 10) -> None:
+        self.n, self.frames = n, frames
+        self._kept: list[dict[str, Any]] = []
+        self._seen = 0
+        self._steps: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def show(self, result: Dream) -> None:
+        """Look at one more batch."""
+        scores = result.scores
+        query = result.truth_pictures.shape[1]
+        at = np.unique(np.linspace(0, query - 1, min(self.frames, query)).round().astype(np.int64))
+        self._steps = scores.context + at
+        for i, error in enumerate(scores.generation.mean(1).tolist()):
+            self._kept.append(
+                {
+                    "number": self._seen + i,
+                    "error": error,
+                    "truth": result.truth_pictures[i, at],
+                    "imagined": result.imagined_pictures[i, at],
+                    "reward_true": scores.reward_true[i],
+                    "reward_imagined": scores.reward_imagined[i],
+                }
+            )
+        self._seen += len(scores.reward_true)
+        chosen = {id(entry) for kind in self.KINDS for entry in self._of(kind)}
+        self._kept = [entry for entry in self._kept if id(entry) in chosen]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What there is to draw or store: ``strip_*`` of the first, ``best_*``, ``worst_*``; nothing if none was seen."""
+        if not self._kept:
+            return {}
+        found = {"strip": self._of("first"), "best": self._of("best"), "worst": self._of("worst")}
+        arrays = {
+            f"{kind}_{key}": np.stack([entry[key] for entry in entries])
+            for kind, entries in found.items()
+            for key in self._kept[0]
+        }
+        return {**arrays, "strip_step": self._steps}
+
+    def _of(self, kind: str) -> list[dict[str, Any]]:
+        if kind == "first":
+            return [entry for entry in self._kept if entry["number"] < self.n]
+        return sorted(self._kept, key=lambda e: (e["error"] if kind == "best" else -e["error"], e["number"]))[: self.n]

@@ -41,11 +41,23 @@ def log_probabilities(logits: Tensor, config: LatentConfig) -> Tensor:
     return torch.log((1 - config.unimix) * log_p.exp() + config.unimix / config.classes)
 
 
-def sample(log_p: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One-hot samples (..., Z) whose gradient is that of the probabilities (straight-through)."""
+def noise(
+    shape: tuple[int, ...], config: LatentConfig, generator: torch.Generator | None, device: torch.device
+) -> Tensor | None:
+    """What ``draw`` samples by, (*shape, groups, 1) uniform; None without a generator."""
+    if generator is None:
+        return None
+    return torch.rand(*shape, config.groups, 1, generator=generator, device=device)
+
+
+def draw(log_p: Tensor, u: Tensor | None) -> Tensor:
+    """One-hot samples (..., Z) whose gradient is that of the probabilities (straight-through), by uniform ``u`` (...,
+    groups, 1); without it, the mode, which has no gradient.
+    """
+    if u is None:
+        return mode(log_p)
     p = log_p.exp()
-    u = torch.rand(*p.shape[:-1], 1, generator=generator, device=p.device, dtype=p.dtype)
-    chosen = (p.detach().cumsum(-1) < u).sum(-1).clamp(max=p.shape[-1] - 1)
+    chosen = (p.detach().cumsum(-1) < u.to(p.dtype)).sum(-1).clamp(max=p.shape[-1] - 1)
     one_hot = torch.nn.functional.one_hot(chosen, p.shape[-1]).to(p.dtype)
     return (one_hot + p - p.detach()).flatten(-2)
 

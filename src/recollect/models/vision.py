@@ -16,11 +16,17 @@ from torch.nn import functional as F
 
 from recollect.core.config import Config
 from recollect.core.errors import ConfigError
+from recollect.models.dense import ChannelNorm, dense, init_weights, linear_norm
 
 
 @dataclass(frozen=True)
 class VisionConfig(Config, ABC):
     """Base of what a world model looks at."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of one observation."""
 
     @abstractmethod
     def encoder(self) -> tuple[nn.Module, int]:
@@ -52,6 +58,10 @@ class Tiles(VisionConfig, kind="tiles"):
     n_codes: int = 16
     hidden: int = 128
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, self.columns)
+
     def encoder(self) -> tuple[nn.Module, int]:
         return _TileEncoder(self), self.hidden
 
@@ -63,7 +73,7 @@ class Tiles(VisionConfig, kind="tiles"):
 class Pixels(VisionConfig, kind="pixels"):
     """Square RGB images, (size, size, 3) uint8. Loss: squared error on [0, 1], summed over pixels and channels.
 
-    Strided 4 x 4 convolutions halve the image until it is 8 wide or less, channels doubling from ``depth``.
+    Strided 4 x 4 convolutions halve the image until it is 5 wide or less, channels doubling from ``depth``.
     """
 
     size: int = 40
@@ -71,13 +81,17 @@ class Pixels(VisionConfig, kind="pixels"):
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.size % (1 << self.stages):
-            raise ConfigError(f"pixels: size {self.size} cannot be halved to 8 or less; use 40 or 64")
+            raise ConfigError(f"pixels: size {self.size} cannot be halved to 5 or less; use 40 or 64")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.size, 3)
 
     @property
     def stages(self) -> int:
         """How often the image is halved."""
         stages, size = 0, self.size
-        while size > 8:
+        while size > 5:
             stages, size = stages + 1, size // 2
         return stages
 
@@ -94,9 +108,7 @@ class _TileEncoder(nn.Module):
         super().__init__()
         self.n_codes = config.n_codes
         width = config.rows * config.columns * config.n_codes
-        self.net = nn.Sequential(
-            nn.Linear(width, config.hidden), nn.SiLU(), nn.Linear(config.hidden, config.hidden), nn.SiLU()
-        )
+        self.net = nn.Sequential(*linear_norm(width, config.hidden), nn.SiLU())
 
     def forward(self, codes: Tensor) -> Tensor:
         one_hot = F.one_hot(codes.long(), self.n_codes).flatten(1)
@@ -108,19 +120,13 @@ class _TileDecoder(Decoder):
         super().__init__()
         self.shape = (config.rows, config.columns, config.n_codes)
         width = config.rows * config.columns * config.n_codes
-        self.net = nn.Sequential(
-            nn.Linear(features, config.hidden),
-            nn.SiLU(),
-            nn.Linear(config.hidden, config.hidden),
-            nn.SiLU(),
-            nn.Linear(config.hidden, width),
-        )
+        self.net = dense(features, config.hidden, width, 2)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.net(features).unflatten(-1, self.shape)
 
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        each = F.cross_entropy(prediction.flatten(0, -2), truth.long().flatten(), reduction="none")
+        each = F.cross_entropy(_exact(prediction.flatten(0, -2)), truth.long().flatten(), reduction="none")
         return each.view(truth.shape).sum((-2, -1))
 
     def observation(self, prediction: Tensor) -> Tensor:
@@ -133,7 +139,9 @@ class _PixelEncoder(nn.Module):
         channels = [3, *(config.depth << i for i in range(config.stages))]
         blocks: list[nn.Module] = []
         for before, after in itertools.pairwise(channels):
-            blocks += [nn.Conv2d(before, after, 4, 2, 1), nn.GroupNorm(1, after), nn.SiLU()]
+            convolution = nn.Conv2d(before, after, 4, 2, 1, bias=False)
+            init_weights(convolution)
+            blocks += [convolution, ChannelNorm(after), nn.SiLU()]
         self.net = nn.Sequential(*blocks)
         self.features = channels[-1] * (config.size >> config.stages) ** 2
 
@@ -147,18 +155,25 @@ class _PixelDecoder(Decoder):
         channels = [*(config.depth << i for i in reversed(range(config.stages))), 3]
         self.seed = (channels[0], config.size >> config.stages, config.size >> config.stages)
         self.linear = nn.Linear(features, self.seed[0] * self.seed[1] * self.seed[2])
+        init_weights(self.linear)
         blocks: list[nn.Module] = []
         for i, (before, after) in enumerate(itertools.pairwise(channels)):
-            blocks.append(nn.ConvTranspose2d(before, after, 4, 2, 1))
-            if i < config.stages - 1:
-                blocks += [nn.GroupNorm(1, after), nn.SiLU()]
+            last = i == config.stages - 1
+            convolution = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=last)
+            init_weights(convolution)
+            blocks += [convolution] if last else [convolution, ChannelNorm(after), nn.SiLU()]
         self.net = nn.Sequential(*blocks)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.net(self.linear(features).view(-1, *self.seed)).permute(0, 2, 3, 1)
 
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        return (prediction - truth.to(prediction.dtype) / 255).square().sum((-3, -2, -1))
+        return (_exact(prediction) - truth / 255).square().sum((-3, -2, -1))
 
     def observation(self, prediction: Tensor) -> Tensor:
         return (prediction.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """At least float32: sums over thousands of pixels are not for bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

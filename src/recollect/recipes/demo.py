@@ -21,6 +21,7 @@ from recollect.layers.mamba2 import Mamba2
 from recollect.layers.s5 import S5
 from recollect.models.backbone import Backbone
 from recollect.models.latent import LatentConfig
+from recollect.models.s4wm import S4WM
 from recollect.ops.patterns import Full, KeySelection, Lsh, Pattern, Window
 from recollect.tasks import JointRecall
 from recollect.train.recall import RecallConfig
@@ -90,7 +91,8 @@ def world_rows() -> tuple[RunConfig, ...]:
     def row(name: str, layer: LayerConfig) -> RunConfig:
         backbone = Backbone.Config.alternating(64, (layer, layer), mlp_expand=2.0)
         latent = LatentConfig(groups=16, classes=16)
-        problem = WorldConfig(env, backbone, latent=latent, reward_weight=30.0)
+        dynamics = S4WM.Config(backbone, latent=latent)
+        problem = WorldConfig(env, dynamics, reward_weight=30.0)
         return RunConfig("demo", "world", name, 0, problem, train)
 
     s5 = S5.Config(64, d_state=64)

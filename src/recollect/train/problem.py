@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,10 +30,10 @@ class Problem(ABC):
     for bit from parameters and optimizer state alone.
     """
 
-    headline: ClassVar[str] = "loss"
+    headline: str = "loss"
     """The metric of ``evaluate`` that progress shows and the best checkpoint is chosen by."""
 
-    higher_is_better: ClassVar[bool] = False
+    higher_is_better: bool = False
 
     @abstractmethod
     def build_model(self) -> nn.Module:

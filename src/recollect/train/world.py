@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recollect.core.config import fingerprint, to_dict
 from recollect.core.errors import ConfigError
@@ -18,19 +20,20 @@ from recollect.core.files import locked
 from recollect.core.seeding import Streams
 from recollect.data import EpisodeStore, Windows, collect
 from recollect.data.writer import SCHEMA
-from recollect.envs.base import EnvConfig
+from recollect.envs.base import EnvConfig, Frames
 from recollect.envs.tiles import TILE_PIXELS
-from recollect.eval.imagination import Dream, dream, save_strips, strip
-from recollect.eval.pictures import render_on
-from recollect.models.backbone import Backbone
-from recollect.models.latent import LatentConfig
+from recollect.eval.imagination import Dream, Gallery, Scores, dream, joined
+from recollect.eval.pictures import render_on, save_strips, tiles_of
+from recollect.eval.probing import probe_scores
+from recollect.models.dynamics import DynamicsConfig
+from recollect.models.probe import Probe
 from recollect.models.vision import Pixels, Tiles
 from recollect.models.world_model import Batch, WorldModel
 from recollect.train.loop import load_trained
 from recollect.train.problem import Evaluation, Problem
 from recollect.train.run import ProblemConfig
 
-KEYS = ("action", "reward", "is_first")
+KEYS = ("action", "reward", "is_first", "is_terminal")
 """What is read beside what is seen."""
 
 
@@ -39,21 +42,28 @@ class WorldConfig(ProblemConfig, kind="world"):
     """An environment, how it is seen, and the world model's parts. Episodes are trained on whole."""
 
     env: EnvConfig
-    backbone: Backbone.Config
+    dynamics: DynamicsConfig
     observation: Literal["tiles", "pixels"] = "tiles"
-    latent: LatentConfig = field(default_factory=lambda: LatentConfig(groups=16, classes=16))
+    image_size: int | None = None
+    """Side that pictures are averaged down to before anything sees them; None: as they are."""
     hidden: int = 128
     depth: int = 16
     """Channels of the first convolution, with pixels."""
     batch_size: int = 16
     reward_weight: float = 1.0
+    continue_weight: float = 1.0
     kl_weight: float = 1.0
     free_nats: float = 1.0
+    frames_at_once: int = 4096
     n_episodes: int = 4096
     """Episodes of the training split; a store of them is made once and shared by all runs that ask for the same."""
     n_valid: int = 128
     n_test: int = 512
     data_seed: int = 0
+    longer: EnvConfig | None = None
+    """Another size of the environment to be tested on as well, for what lies beyond the lengths trained on."""
+    probe: Probe.Config | None = None
+    """Train probes on the finished model; None: do not."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "n_episodes", "n_valid", "n_test"):
@@ -61,6 +71,18 @@ class WorldConfig(ProblemConfig, kind="world"):
                 raise ConfigError(f"world.{name} must be at least 1, got {getattr(self, name)}")
         if self.env.observation == "image" and self.observation == "tiles":
             raise ConfigError(f"world.observation: {self.env.kind} shows no tiles; use observation=pixels")
+        if self.observation == "tiles" and self.image_size is not None:
+            raise ConfigError("world.image_size is of pictures: it needs observation=pixels")
+        if self.image_size is not None and (self.image_size < 1 or self._whole % self.image_size):
+            raise ConfigError(
+                f"world.image_size must divide the {self._whole} pixels of {self.env.kind}, got {self.image_size}"
+            )
+        if self.longer is not None and (
+            self.longer.observation_shape != self.env.observation_shape or self.longer.n_actions != self.env.n_actions
+        ):
+            raise ConfigError(f"world.longer: {self.longer.kind} is not seen or acted in as {self.env.kind} is")
+        if self.probe is not None and not self.env.probed:
+            raise ConfigError(f"world.probe: {self.env.kind} has nothing to probe for; mazes have")
 
     def build(self) -> World:
         return World(self)
@@ -70,108 +92,175 @@ class WorldConfig(ProblemConfig, kind="world"):
         vision = (
             Tiles(n_codes=self.env.n_codes, hidden=self.hidden)
             if self.observation == "tiles"
-            else Pixels(size=self._side(), depth=self.depth)
+            else Pixels(size=self.image_size or self._whole, depth=self.depth)
         )
         return WorldModel.Config(
             n_actions=self.env.n_actions,
-            backbone=self.backbone,
+            dynamics=self.dynamics,
             vision=vision,
-            latent=self.latent,
             hidden=self.hidden,
             kl_weight=self.kl_weight,
             free_nats=self.free_nats,
             reward_weight=self.reward_weight,
+            continue_weight=self.continue_weight,
+            frames_at_once=self.frames_at_once,
         )
 
-    def _side(self) -> int:
-        """Pixels along a side of what is seen."""
+    @property
+    def _whole(self) -> int:
+        """Pixels along a side of a picture."""
         return self.env.observation_shape[0] * (TILE_PIXELS if self.env.observation == "tiles" else 1)
 
 
 class World(Problem):
-    """The evidence bound of whole episodes; scored by the reward predicted at the end of the imagined query."""
+    """The evidence bound of whole episodes; scored by what is imagined after the context.
 
-    headline = "imagination_accuracy"
-    higher_is_better = True
+    Batches hold what the store holds, codes or whole pictures: they are drawn or averaged down where the model is.
+    """
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
-        self._windows: dict[str, Windows] = {}
+        self.headline = "imagination_accuracy" if config.env.rewarded else "generation_mse"
+        self.higher_is_better = config.env.rewarded
+        self._stores: dict[tuple[EnvConfig, str], EpisodeStore] = {}
 
     def build_model(self) -> WorldModel:
         return WorldModel(self.config.model())
 
     def batch(self, step: int, streams: Streams, device: torch.device) -> Batch:
-        windows = self._split("train")
+        windows = self._windows("train")
         drawn = streams.numpy("data", "train", step).integers(len(windows), size=self.config.batch_size)
-        return self._load(windows, drawn, device)
+        return self._aligned(windows.batch_at(drawn), device)
 
     def loss(
         self, model: nn.Module, batch: Any, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         assert isinstance(model, WorldModel)
-        total, metrics = model.loss(batch, generator)
+        total, metrics = model.loss(self.see(batch), generator)
         return total, {**metrics}
+
+    def compiled(self, model: nn.Module) -> list[nn.Module]:
+        assert isinstance(model, WorldModel)
+        return model.dynamics.compiled()
 
     def evaluate(self, model: nn.Module, streams: Streams, *, final: bool) -> Evaluation:
         assert isinstance(model, WorldModel)
-        device = next(model.parameters()).device
-        split = "test" if final else "valid"
-        windows = self._split(split)
-        generator = streams.torch("eval", split, device=str(device))
-        env = self.config.env
-        result = self.dream(model, split, range(len(windows)), generator)
-        metrics = {
-            "imagination_accuracy": result.imagination_accuracy,
-            "inference_accuracy": result.inference_accuracy,
-            "reconstruction_mse": result.reconstruction_mse,
-            "generation_mse": float(result.generation_mse.mean()),
-        }
+        c, split = self.config, "test" if final else "valid"
+        generator = streams.torch("eval", split, device=str(_device(model)))
+        gallery = Gallery()
+        metrics, curves = self._imagined(model, c.env, split, generator, gallery)
+        if final and c.longer is not None:
+            beyond, more = self._imagined(model, c.longer, split, generator, None)
+            metrics |= {f"longer_{name}": value for name, value in beyond.items()}
+            curves |= {f"longer_{name}": value for name, value in more.items()}
+        if final and c.probe is not None:
+            metrics |= self._probed(model, c.probe, streams)
         details = {
-            "context": env.context_length,
-            "query": env.query_length,
-            "env": to_dict(env),
-            "observation": self.config.observation,
+            "context": c.env.context_length,
+            "query": c.env.query_length,
+            "env": to_dict(c.env),
+            "observation": c.observation,
             "chance": 0.5,
-            "generation_mse_curve": result.generation_mse.tolist(),
+            **curves,
         }
-        return Evaluation(metrics, details, strip(result) if final else {})
+        return Evaluation(metrics, details, gallery.arrays() if final else {})
 
     def dream(self, model: WorldModel, split: str, episodes: Sequence[int], generator: torch.Generator) -> Dream:
         """Observe the context of some episodes of a split, and imagine their query."""
-        batch = self._load(self._split(split), list(episodes), next(model.parameters()).device)
+        arrays = self._windows(split).batch_at(list(episodes))
+        batch = self.see(self._aligned(arrays, _device(model)))
         return dream(model, batch, self.config.env.context_length, generator)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         return {
             "params": sum(p.numel() for p in model.parameters()),
-            "state_bytes": self.config.backbone.state_bytes(1, seen=self.config.env.episode_length),
+            "state_bytes": self.config.dynamics.state_bytes(1, seen=self.config.env.episode_length),
         }
 
-    def _load(self, windows: Windows, numbers: npt.ArrayLike, device: torch.device) -> Batch:
-        arrays = windows.batch_at(numbers)
-        seen = self.config.env.observation
-        batch = Batch(*(torch.from_numpy(arrays[key]).to(device) for key in (seen, *KEYS)))
-        if seen == self.config.observation or seen == "image":
+    def see(self, batch: Batch) -> Batch:
+        """The batch as the model sees it: codes drawn where it sees pixels, pictures averaged down."""
+        c, seen = self.config, batch.observation
+        if c.observation == "tiles":
             return batch
-        return batch._replace(observation=render_on(batch.observation))
+        if c.env.observation == "tiles":
+            seen = render_on(seen)
+        return batch._replace(observation=seen if c.image_size is None else _smaller(seen, c.image_size))
 
-    def _split(self, split: str) -> Windows:
-        if split not in self._windows:
-            keys = (self.config.env.observation, *KEYS)
-            self._windows[split] = Windows(self._store(split), keys=keys)
-        return self._windows[split]
+    def _imagined(
+        self, model: WorldModel, env: EnvConfig, split: str, generator: torch.Generator, gallery: Gallery | None
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Metrics and curves of all episodes of a split."""
+        scores: list[Scores] = []
+        codes: list[npt.NDArray[np.uint8]] = []
+        actions: list[npt.NDArray[Any]] = []
+        truth: list[npt.NDArray[np.uint8]] = []
+        n_values = 1
+        for arrays in self._parts(env, split):
+            result = dream(model, self.see(self._aligned(arrays, _device(model))), env.context_length, generator)
+            scores.append(result.scores)
+            n_values = int(np.prod(result.truth_pictures.shape[2:]))
+            if gallery is not None:
+                gallery.show(result)
+            if env.judged:
+                pictured = self.config.observation == "pixels"
+                codes.append(tiles_of(result.imagined, env.n_codes) if pictured else result.imagined)
+                truth.append(arrays["tiles"])
+                actions.append(arrays["action"].argmax(-1))
+        whole = joined(scores)
+        metrics = whole.errors(n_values)
+        if env.rewarded:
+            metrics |= whole.rewards()
+        if env.judged:
+            frames = {"tiles": np.concatenate(truth), "action": np.concatenate(actions)}
+            judged = env.judge(np.concatenate(codes), frames)
+            metrics |= {f"{name}_accuracy": value for name, value in judged.items()}
+        return metrics, {
+            "generation_mse_curve": whole.generation.mean(0).tolist(),
+            "reconstruction_mse_curve": whole.reconstruction.mean(0).tolist(),
+        }
 
-    def _store(self, split: str) -> EpisodeStore:
+    def _probed(self, model: WorldModel, config: Probe.Config, streams: Streams) -> dict[str, float]:
+        """Scores of probes that are trained on the training split and asked on the test split."""
+        windows, device = self._windows("train", probed=True), _device(model)
+
+        def drawn(step: int) -> tuple[Batch, Frames]:
+            numbers = streams.numpy("data", "probe", step).integers(len(windows), size=self.config.batch_size)
+            arrays = windows.batch_at(numbers)
+            return self.see(self._aligned(arrays, device)), arrays
+
+        def asked() -> Iterator[tuple[Batch, Frames]]:
+            for arrays in self._parts(self.config.env, "test", probed=True):
+                yield self.see(self._aligned(arrays, device)), arrays
+
+        return probe_scores(model, config, drawn, asked(), streams.torch("eval", "probe", device=str(device)))
+
+    def _parts(self, env: EnvConfig, split: str, *, probed: bool = False) -> Iterator[Frames]:
+        """All episodes of a split in order, a batch at a time."""
+        windows = self._windows(split, env, probed=probed)
+        for start in range(0, len(windows), self.config.batch_size):
+            yield windows.batch_at(np.arange(start, min(start + self.config.batch_size, len(windows))))
+
+    def _aligned(self, arrays: Frames, device: torch.device) -> Batch:
+        keys = (self.config.env.observation, *KEYS)
+        return Batch(*(torch.from_numpy(arrays[key]).to(device) for key in keys))
+
+    def _windows(self, split: str, env: EnvConfig | None = None, *, probed: bool = False) -> Windows:
+        env = env or self.config.env
+        if (env, split) not in self._stores:
+            self._stores[env, split] = self._store(env, split)
+        keys = (env.observation, *KEYS, *(env.probed if probed else ()))
+        return Windows(self._stores[env, split], keys=keys)
+
+    def _store(self, env: EnvConfig, split: str) -> EpisodeStore:
         """The split's episodes, made by whichever process comes first while the others wait."""
         c = self.config
         n = {"train": c.n_episodes, "valid": c.n_valid, "test": c.n_test}[split]
         root = Path(os.environ.get("RECOLLECT_DATA", "runs/data"))
         # With the schema in its name, a store of an older version is left alone and not met.
-        path = root / f"{c.env.kind}-{fingerprint(c.env)}-{split}-seed{c.data_seed}-{n}-v{SCHEMA}"
+        path = root / f"{env.kind}-{fingerprint(env)}-{split}-seed{c.data_seed}-{n}-v{SCHEMA}"
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / f"{path.name}.lock", wait=True):
-            return collect(c.env, n, c.data_seed, path, split)
+            return collect(env, n, c.data_seed, path, split)
 
 
 def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0) -> Path:
@@ -189,5 +278,17 @@ def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0)
     streams = Streams(seed)
     chosen = streams.numpy("eval", "imagine").permutation(n_test)[:episodes]
     result = problem.dream(model, "test", chosen.tolist(), streams.torch("eval", "imagine"))
-    query = result.truth.shape[1]
-    return save_strips(strip(result, episodes, query), out)
+    gallery = Gallery(episodes, frames=result.scores.generation.shape[1])
+    gallery.show(result)
+    return save_strips({k: v for k, v in gallery.arrays().items() if k.startswith("strip_")}, out)
+
+
+def _smaller(pictures: Tensor, size: int) -> Tensor:
+    """Pictures (B, T, h, h, 3) uint8 averaged over squares to (B, T, size, size, 3), rounded."""
+    flat = pictures.flatten(0, 1).permute(0, 3, 1, 2).float()
+    small = F.avg_pool2d(flat, flat.shape[-1] // size).permute(0, 2, 3, 1)
+    return small.round().to(torch.uint8).unflatten(0, pictures.shape[:2])
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -13,7 +13,7 @@ from recollect.envs.base import EnvConfig, Frames, Observation
 from recollect.envs.maze.plans import RoomRules, draw_scenes
 from recollect.envs.rooms import oracle
 from recollect.envs.rooms.scene import DOME_RGB, SIZE, Bytes, Floats, Scene
-from recollect.envs.rooms.walk import ACTIONS, CONSTANT, FirstPerson, marks, pictures, probes
+from recollect.envs.rooms.walk import ACTIONS, CONSTANT, PROBED, FirstPerson, marks, pictures, probes
 
 SIZES = (9, 11, 13, 15)
 CONTEXT, QUERY = 501, 500
@@ -67,6 +67,7 @@ class Maze(FirstPerson):
         observation: ClassVar[Observation] = "image"
         block_episodes: ClassVar[int] = 8
         constant: ClassVar[tuple[str, ...]] = CONSTANT
+        probed: ClassVar[tuple[str, ...]] = PROBED
 
         size: int = 9
         border: bool = False

@@ -14,7 +14,7 @@ from recollect.envs.rooms import oracle
 from recollect.envs.rooms.layouts import Layout, RoomsName, draw_scenes, draw_starts, layout, room_of
 from recollect.envs.rooms.scene import SIZE, Bytes, Floats, Scene
 from recollect.envs.rooms.schedules import SCHEDULES, Schedule
-from recollect.envs.rooms.walk import ACTIONS, CONSTANT, FirstPerson, marks, pictures, probes
+from recollect.envs.rooms.walk import ACTIONS, CONSTANT, PROBED, FirstPerson, marks, pictures, probes
 
 
 class Episodes(NamedTuple):
@@ -61,6 +61,7 @@ class Rooms(FirstPerson):
         observation: ClassVar[Observation] = "image"
         block_episodes: ClassVar[int] = 8
         constant: ClassVar[tuple[str, ...]] = CONSTANT
+        probed: ClassVar[tuple[str, ...]] = PROBED
 
         rooms: RoomsName = "two"
         teleport: bool = False

@@ -19,6 +19,8 @@ ACTIONS = ("noop", "forward", "left", "right", "forward_left", "forward_right")
 
 CONSTANT = ("maze_layout", "cells", "targets_pos", "targets_color")
 """Those of ``probes`` that stay as they are within an episode."""
+PROBED = ("maze_layout", "agent_pos", "agent_dir", "targets_vec")
+"""Those of ``probes`` that are asked of a model."""
 
 
 def probes(scene: Scene, states: Floats) -> Frames:
