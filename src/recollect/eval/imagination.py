@@ -160,7 +160,7 @@ class Gallery:
         self._kept = [entry for entry in self._kept if id(entry) in chosen]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What there is to draw or store: ``strip_*`` of the first, ``best_*``, ``worst_*``; nothing if none was seen."""
+        """What there is to draw or store: ``strip_*`` of the first, ``best_*``, ``worst_*``; or nothing at all."""
         if not self._kept:
             return {}
         found = {"strip": self._of("first"), "best": self._of("best"), "worst": self._of("worst")}

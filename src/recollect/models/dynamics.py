@@ -97,7 +97,7 @@ class Dynamics(nn.Module, ABC):
     """Base of the memories of world models. Subclasses nest ``Config(DynamicsConfig, kind=...)``."""
 
     Config: ClassVar[Any]
-    config: DynamicsConfig
+    latent: LatentConfig
     prior_head: nn.Module
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -122,4 +122,4 @@ class Dynamics(nn.Module, ABC):
 
     def prior(self, h: Tensor) -> Tensor:
         """log p(z_t | h_t), (..., groups, classes)."""
-        return latent.log_probabilities(self.prior_head(h), self.config.latent)
+        return latent.log_probabilities(self.prior_head(h), self.latent)

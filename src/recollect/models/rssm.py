@@ -47,11 +47,9 @@ class RSSM(Dynamics):
         def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:  # noqa: ARG002
             return batch * (self.d_deter + self.latent.width) * dtype.itemsize
 
-    config: Config
-
     def __init__(self, config: Config, n_features: int, n_actions: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.latent = config, config.latent
         E, hidden, Z = config.d_deter, config.hidden, config.latent.width
         self.token, self.token_norm = linear_norm(Z + n_actions, hidden)
         self.cell, self.cell_norm = linear_norm(hidden + E, 3 * E)
@@ -60,7 +58,7 @@ class RSSM(Dynamics):
         self.prior_head = dense(E, hidden, Z)
 
     def init_state(self, batch: int) -> WorldState:
-        zeros = self.posterior_head[-1].weight.new_zeros
+        zeros = self.cell.weight.new_zeros
         h = zeros(batch, self.config.d_deter)
         return WorldState(RSSMState(h), zeros(batch, self.config.latent.width), h)
 

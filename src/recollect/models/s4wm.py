@@ -38,11 +38,9 @@ class S4WM(Dynamics):
         def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:
             return self.backbone.state_bytes(batch, dtype=dtype, seen=seen) + batch * self.latent.width * dtype.itemsize
 
-    config: Config
-
     def __init__(self, config: Config, n_features: int, n_actions: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.latent = config, config.latent
         d_model, z_width = config.d_history, config.latent.width
         self.posterior_head = dense(n_features, config.hidden, z_width)
         self.token = dense(z_width + n_actions, config.hidden, d_model)
@@ -50,7 +48,7 @@ class S4WM(Dynamics):
         self.prior_head = dense(d_model, config.hidden, z_width)
 
     def init_state(self, batch: int) -> WorldState:
-        zeros = self.posterior_head[-1].weight.new_zeros
+        zeros = next(self.parameters()).new_zeros
         c = self.config
         return WorldState(self.backbone.init_state(batch), zeros(batch, c.latent.width), zeros(batch, c.d_history))
 
