@@ -26,7 +26,7 @@ def dense(n_in: int, hidden: int, n_out: int, n_hidden: int = 1, *, out_scale: f
     return nn.Sequential(*blocks, last)
 
 
-def linear_norm(n_in: int, n_out: int) -> tuple[nn.Module, nn.Module]:
+def linear_norm(n_in: int, n_out: int) -> tuple[nn.Linear, nn.LayerNorm]:
     """Linear without the bias that the LayerNorm after it makes superfluous."""
     linear = nn.Linear(n_in, n_out, bias=False)
     init_weights(linear)
