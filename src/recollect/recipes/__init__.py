@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from recollect.core.errors import ConfigError, nearest
@@ -18,7 +19,16 @@ RECIPES: dict[str, str] = {
     "recall-micro": "recollect.recipes.recall:recall_micro",
     "recall-mini": "recollect.recipes.recall:recall_mini",
     "recall-published": "recollect.recipes.recall:recall_published",
+    "worlds-micro": "recollect.recipes.worlds:worlds_micro",
+    "worlds-mini": "recollect.recipes.worlds:worlds_mini",
 }
+
+FAMILIES: dict[str, str] = {
+    "worlds-micro-": "recollect.recipes.worlds:micro",
+    "worlds-mini-": "recollect.recipes.worlds:mini",
+    "worlds-paper-": "recollect.recipes.worlds:paper",
+}
+"""Recipes of one argument: the environment, whose name follows the prefix."""
 
 
 def import_recipe(name: str) -> Any:
@@ -26,7 +36,10 @@ def import_recipe(name: str) -> Any:
 
     Raises ConfigError naming the nearest recipe when there is none of that name.
     """
-    target = RECIPES.get(name, name)
+    target, arguments = RECIPES.get(name, name), ()
+    for prefix, family in FAMILIES.items():
+        if name not in RECIPES and name.startswith(prefix):
+            target, arguments = family, (name.removeprefix(prefix),)
     module_name, colon, function_name = target.partition(":")
     if not colon:
         raise ConfigError(f"unknown recipe '{name}'{nearest(name, RECIPES)}")
@@ -39,7 +52,7 @@ def import_recipe(name: str) -> Any:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"recipe '{name}': module '{module_name}' has no function '{function_name}'")
-    return function
+    return partial(function, *arguments) if arguments else function
 
 
 def load_recipe(name: str) -> FaceOff:

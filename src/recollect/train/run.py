@@ -14,7 +14,7 @@ from recollect.core.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from recollect.train.problem import Problem
 
-Group = Literal["recall", "world"]
+Group = str
 
 
 @dataclass(frozen=True)
