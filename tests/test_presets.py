@@ -60,9 +60,9 @@ def test_baselines_remember_as_far_as_their_window() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown world model 's4w'.*s4wm"):
+    with pytest.raises(ConfigError, match=r"unknown world model 's4w'.*s4wm"):
         preset("s4w", Size())
-    with pytest.raises(ConfigError, match="unknown environment 'two-room'.*two-rooms"):
+    with pytest.raises(ConfigError, match=r"unknown environment 'two-room'.*two-rooms"):
         load_recipe("worlds-mini-two-room")
 
 

@@ -128,7 +128,7 @@ PRESETS: dict[str, Callable[[Size], DynamicsConfig]] = {
     ),
     "mlstmwm": lambda size: _blocks(size, *2 * (MLSTM.Config(size.d_model, n_heads=4, expand=1),)),
     "gruwm": lambda size: _blocks(size, GRU.Config(size.d_model)),
-    "attentionwm": lambda size: _blocks(size, Attention.Config(size.d_model, n_heads=4)),
+    "attentionwm": lambda size: _blocks(size, Attention.Config(size.d_model, n_heads=4, window=None)),
     "haxwm": _haxwm,
 }
 """Name -> dynamics of a size. ``tssm`` remembers ``window`` steps, ``attentionwm`` all of them."""
