@@ -1,4 +1,4 @@
-"""Pictures of the benches: a PNG each, two panels over length or over tokens seen, on logarithmic axes.
+"""Pictures of the benches: a PNG each, two or three panels over length or over tokens seen, on logarithmic axes.
 
 Every line is named at its end. A peer is dashed, in the colour of the row of ours that it stands beside.
 """
@@ -15,6 +15,8 @@ from recollect.eval.bench.attention import FULL
 from recollect.eval.bench.cases import Record, Row
 from recollect.eval.bench.layers import best_of_families
 from recollect.eval.bench.peers import BEST, PEERS
+from recollect.eval.bench.worldmodel import FULL as TSSM_FULL
+from recollect.eval.bench.worldmodel import TSSM
 from recollect.eval.report.figures import PRINT, ROW_COLOURS, require_matplotlib, settings
 from recollect.eval.report.rows import MARKERS
 from recollect.eval.report.text import human_bytes
@@ -60,7 +62,9 @@ def draw(record: Record) -> bytes | None:
     rows = record.measured()
     if not rows:
         return None
-    make = {"layers": _layers, "attention": _attention, "decode": _decode}[record.head["bench"]]
+    make = {"layers": _layers, "attention": _attention, "decode": _decode, "worldmodel": _worldmodel}[
+        record.head["bench"]
+    ]
     return make(record, rows)
 
 
@@ -119,6 +123,24 @@ def _decode(record: Record, rows: Sequence[Row]) -> bytes:
     ]
     notes = ["Dashed: the state is declared to grow with what was seen."] if growing else []
     return _picture(record, f"d_model {record.head['settings']['d_model']}", "tokens seen before", panels, notes)
+
+
+def _worldmodel(record: Record, rows: Sequence[Row]) -> bytes:
+    shown = [{**row, "peer_of": TSSM if row["row"] == TSSM_FULL else None} for row in rows]
+    style = {name: i for i, name in enumerate(dict.fromkeys(row["row"] for row in shown if not row["peer_of"]))}
+    panels = [
+        ("training, frames per second", _lines(shown, "length", "train_frames_per_s", style), _number),
+        ("imagination, frames per second", _lines(shown, "length", "imagine_frames_per_s", style), _number),
+        ("peak memory of a training step", _lines(shown, "length", "peak_bytes", style), human_bytes),
+    ]
+    s = record.head["settings"]
+    notes = [f"Imagined: {s['horizon']} frames after a context of that length."]
+    if any(row["peer_of"] for row in shown):
+        notes.append(f"Dashed: {TSSM} with a memory as long as the context.")
+    side = s["image_size"]
+    seen = "tiles" if side is None else f"{side} x {side} pixels"
+    what = f"d_model {s['d_model']}, batch {s['batch']}, {seen}"
+    return _picture(record, what, "frames of an episode, of a context", panels, notes)
 
 
 def _lines(
