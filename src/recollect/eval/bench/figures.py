@@ -30,6 +30,9 @@ LABEL_POINTS = 9.5
 CLOSEST = 13.0
 """Points between the names of two lines."""
 
+NARROW = 1000.0
+"""Below so many times from bottom to top, an axis shows 2 and 5 between its powers of ten."""
+
 SHORT = {BEST: "transformers Mamba2*", "transformers Mamba2": "transformers Mamba2 (256)"}
 
 Points = list[tuple[float, float]]
@@ -126,21 +129,28 @@ def _decode(record: Record, rows: Sequence[Row]) -> bytes:
 
 
 def _worldmodel(record: Record, rows: Sequence[Row]) -> bytes:
-    shown = [{**row, "peer_of": TSSM if row["row"] == TSSM_FULL else None} for row in rows]
-    style = {name: i for i, name in enumerate(dict.fromkeys(row["row"] for row in shown if not row["peer_of"]))}
+    s = record.head["settings"]
+    style = {name: i for i, name in enumerate(dict.fromkeys(row["row"] for row in rows if row["row"] != TSSM_FULL))}
+    shown: list[Row] = [
+        {
+            **row,
+            "peer_of": TSSM if row["row"] == TSSM_FULL else None,
+            "bytes_per_frame": row["peak_bytes"] / (s["batch"] * row["length"]),
+        }
+        for row in rows
+    ]
     panels = [
         ("training, frames per second", _lines(shown, "length", "train_frames_per_s", style), _number),
         ("imagination, frames per second", _lines(shown, "length", "imagine_frames_per_s", style), _number),
-        ("peak memory of a training step", _lines(shown, "length", "peak_bytes", style), human_bytes),
+        ("peak memory of training, per frame", _lines(shown, "length", "bytes_per_frame", style), human_bytes),
     ]
-    s = record.head["settings"]
     notes = [f"Imagined: {s['horizon']} frames after a context of that length."]
     if any(row["peer_of"] for row in shown):
         notes.append(f"Dashed: {TSSM} with a memory as long as the context.")
     side = s["image_size"]
     seen = "tiles" if side is None else f"{side} x {side} pixels"
     what = f"d_model {s['d_model']}, batch {s['batch']}, {seen}"
-    return _picture(record, what, "frames of an episode, of a context", panels, notes)
+    return _picture(record, what, "frames of the episode or context", panels, notes)
 
 
 def _lines(
@@ -223,6 +233,11 @@ def _panel(ax: Axes, title: str, x_label: str, lines: Sequence[Line], shown: Cal
         low, high = (math.log2(v) for v in ax.get_ylim())
         exponents = range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 7)))
         ax.set_yticks([2.0**e for e in exponents])
+    else:
+        low, high = ax.get_ylim()
+        steps = (1, 2, 5) if high / low < NARROW else (1,)
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        ax.set_yticks([tick for e in decades for step in steps if low <= (tick := step * 10.0**e) <= high])
     ax.yaxis.set_major_formatter(lambda value, _: shown(value).replace(".0", ""))
     _name_ends(ax, lines)
 

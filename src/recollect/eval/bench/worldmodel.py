@@ -1,9 +1,9 @@
 """Speed and memory of world models by the length of their episodes, as S4WM (arXiv 2307.02064) compares backbones.
 
 Training is one step over whole episodes of random frames: loss, backward, AdamW. Memory is what that step needs on top
-of the model and its optimiser. Imagination observes ``length`` frames first, untimed, and goes on for ``HORIZON`` steps,
-each from the one before, latents sampled; frames are decoded and rewards read, as ``WorldModel.imagine`` does. A step
-alone, ``imagine_step``, is timed too: what acting in a dream costs, where nothing is decoded.
+of the model and its optimiser. Imagination observes ``length`` frames first, untimed, and goes on for ``HORIZON``
+steps, each from the one before, latents sampled; frames are decoded and rewards read, as ``WorldModel.imagine`` does.
+A step alone, ``imagine_step``, is timed too: what acting in a dream costs, where nothing is decoded.
 
 ``tssm-full`` is ``tssm`` with a window as long as the context and gradients over all of it: a memory of the same length
 as that of the models it stands beside.
@@ -242,13 +242,13 @@ def ratios(rows: Sequence[Row]) -> list[Row]:
 
 
 def tables(record: Record, names: Sequence[str] = ()) -> list[Table]:
-    """For a terminal: every case, with how many times as fast as the baselines it is."""
+    """For a terminal: every case, with how many times as fast as ``rssm``, ``tssm`` and ``tssm-full`` it is."""
     batch = record.head["settings"]["batch"]
     title = f"training and imagination of {batch} episodes side by side"
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
     grid.add_column("world model")
-    columns = ("length", "params", "state B", "train steps/s", "frames/s", "/ rssm", "peak MiB")
-    columns += ("imagine frames/s", "/ tssm", "/ tssm-full", "step ms")
+    columns = ("length", "params", "state B", "train\nsteps/s", "train\nframes/s", "train\n/ rssm", "peak\nMiB")
+    columns += ("imagine\nframes/s", "imagine\n/ tssm", "imagine\n/ full", "step\nms")
     for column in columns:
         grid.add_column(column, justify="right")
     grid.add_column("")
