@@ -232,7 +232,9 @@ def _panel(ax: Axes, title: str, x_label: str, lines: Sequence[Line], shown: Cal
     if in_bytes:
         low, high = (math.log2(v) for v in ax.get_ylim())
         exponents = range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 7)))
-        ax.set_yticks([2.0**e for e in exponents])
+        between = [1.5 * 2.0**e for e in range(math.floor(low), math.ceil(high)) if len(exponents) < 3]
+        bottom, top = ax.get_ylim()
+        ax.set_yticks([tick for tick in (*(2.0**e for e in exponents), *between) if bottom <= tick <= top])
     else:
         low, high = ax.get_ylim()
         steps = (1, 2, 5) if high / low < NARROW else (1,)
