@@ -36,7 +36,7 @@ check: $(VENV)/.installed-dev  ## style, format, types, import rules, the docume
 
 bench: $(VENV)/.installed-dev  ## run the bench commands and every bench/*.py: an hour or more; JSON into runs/bench
 	@mkdir -p runs/bench
-	@for what in layers attention decode; do $(BIN)/recollect bench $$what --out runs/bench; done
+	@for what in layers attention decode worldmodel; do $(BIN)/recollect bench $$what --out runs/bench; done
 	@for script in bench/*.py; do \
 	  echo "$$script"; $(LEAN) $(BIN)/python "$$script" "runs/bench/$$(basename "$$script" .py).json"; \
 	done

@@ -422,6 +422,10 @@ def test_names_are_spread() -> None:
         (["attention", "--lengths", "-1"], "must be at least 1"),
         (["decode", "--seen", "0"], "seen: '0' must be at least 1"),
         (["decode", "--layers", "nothing"], "unknown layer 'nothing'"),
+        (["worldmodel", "--presets", "rsm"], "unknown world model 'rsm'; did you mean 'rssm'?"),
+        (["worldmodel", "--lengths", "0"], "lengths: '0' must be at least 1"),
+        (["worldmodel", "--batch", "0"], "d_model, batch and threads must be at least 1"),
+        (["worldmodel", "--observation", "pixels", "--image-size", "50"], "size 50 cannot be halved to 5 or less"),
     ],
 )
 def test_mistakes_end_in_one_line(words: list[str], wanted: str, tmp_path: Path) -> None:
@@ -437,7 +441,7 @@ def test_mistakes_end_in_one_line(words: list[str], wanted: str, tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for name in ("layers", "attention", "decode"):
+    for name in ("layers", "attention", "decode", "worldmodel"):
         code, out, err = run("bench", name, "--out", str(tmp_path / "file"))
         assert (code, out) == (2, "")
         assert "cannot be written" in err
@@ -448,7 +452,7 @@ def test_help_has_examples_and_never_imports_torch() -> None:
     code = (
         "import sys, io, contextlib\n"
         "from recollect.cli import main\n"
-        "for name in ('layers', 'attention', 'decode'):\n"
+        "for name in ('layers', 'attention', 'decode', 'worldmodel'):\n"
         "    out = io.StringIO()\n"
         "    with contextlib.redirect_stdout(out):\n"
         "        try: main(['bench', name, '--help'])\n"

@@ -142,7 +142,10 @@ class Report:
 class Bench:
     """Arguments of ``recollect bench``: those of what is measured."""
 
-    what: Annotated[Positional[Literal["layers", "attention", "decode"]], arg(metavar="{layers,attention,decode}")]
+    what: Annotated[
+        Positional[Literal["layers", "attention", "decode", "worldmodel"]],
+        arg(metavar="{layers,attention,decode,worldmodel}"),
+    ]
     """What to measure; each has options of its own."""
 
 
@@ -206,7 +209,25 @@ class BenchDecode(_Measuring):
     """Width of every layer."""
 
 
-Measurement: TypeAlias = BenchLayers | BenchAttention | BenchDecode
+@dataclass(frozen=True)
+class BenchWorldmodel(_Measuring):
+    """Arguments of ``recollect bench worldmodel``."""
+
+    presets: Names = ()
+    """World models such as rssm, tssm, s4wm, s5wm; tssm-full is tssm that sees the whole context. Default: all."""
+    lengths: Sizes = ("250", "500", "1000", "2000", "4000")
+    """Frames of an episode, and of the context before imagining: numbers, or A..B for doubling from A to B."""
+    observation: Literal["tiles", "pixels"] = "tiles"
+    """5 x 5 tile codes, or pictures; random ones."""
+    image_size: int = 64
+    """Pixels along a side of the pictures: 40 or 64."""
+    d_model: int = 256
+    """Width of every world model."""
+    batch: int = 8
+    """Episodes side by side, in training and in imagination."""
+
+
+Measurement: TypeAlias = BenchLayers | BenchAttention | BenchDecode | BenchWorldmodel
 Command: TypeAlias = (
     List | Train | Resume | Eval | Imagine | FaceOff | Report | Bench | Measurement | Data | Envs | NestedCommand
 )
@@ -258,10 +279,11 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
     "bench": (
         Bench,
         "Measure speed, memory and state on this machine, beside what could be taken instead: of the layers, of sparse "
-        "attention alone, of decoding after a long past. Options: recollect bench WHAT --help.",
+        "attention alone, of decoding after a long past, of world models. Options: recollect bench WHAT --help.",
         "recollect bench layers --layers gru,mamba2 --lengths 256..4096\n"
         "recollect bench attention --help\n"
-        "recollect bench decode --help",
+        "recollect bench decode --help\n"
+        "recollect bench worldmodel --help",
     ),
     "data": (
         Data,
@@ -296,6 +318,13 @@ _MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
         BenchDecode,
         "Time of one more token and bytes of state after a short and a long past.",
         "recollect bench decode\nrecollect bench decode --layers mamba2 hax attention-full --seen 1024..16384",
+    ),
+    "worldmodel": (
+        BenchWorldmodel,
+        "Training and imagination speed, memory and state of every world model by the length of its episodes.",
+        "recollect bench worldmodel\n"
+        "recollect bench worldmodel --presets rssm,tssm,s5wm --lengths 1000 --threads 1 --budget-seconds 120\n"
+        "recollect bench worldmodel --observation pixels --image-size 40 --batch 4 --device cuda --out runs/pixels",
     ),
 }
 

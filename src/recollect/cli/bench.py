@@ -75,6 +75,25 @@ def bench(command: arguments.Measurement) -> int:
                 say=_say,
             )
             shown = tables(record, row_names(command.layers))
+        case arguments.BenchWorldmodel():
+            from recollect.eval.bench.worldmodel import bench_worldmodel, tables
+
+            record = bench_worldmodel(
+                command.presets,
+                lengths=command.lengths,
+                observation=command.observation,
+                image_size=command.image_size,
+                d_model=command.d_model,
+                batch=command.batch,
+                threads=command.threads,
+                device=command.device,
+                seconds=command.seconds,
+                budget_s=command.budget_seconds,
+                out=command.out,
+                fresh=command.fresh,
+                say=_say,
+            )
+            shown = tables(record)
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(NARROWEST, console.width))

@@ -41,7 +41,9 @@ def execute(command: arguments.Command) -> int:
             from recollect.cli.play import play
 
             return play(command)
-        case arguments.BenchLayers() | arguments.BenchAttention() | arguments.BenchDecode():
+        case (
+            arguments.BenchLayers() | arguments.BenchAttention() | arguments.BenchDecode() | arguments.BenchWorldmodel()
+        ):
             from recollect.cli.bench import bench
 
             return bench(command)

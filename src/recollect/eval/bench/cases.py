@@ -112,15 +112,18 @@ def run_cases(
     fresh: bool = False,
     say: Callable[[str], None] = lambda _: None,
     derive: Callable[[list[Row]], dict[str, Any]] = lambda _: {},
+    also: Sequence[str] = (),
 ) -> Record:
     """Measure what ``out/name.json`` does not hold yet. ``say`` is told of every case as it ends.
+
+    ``also`` names folders and files of the package whose source decides these numbers, besides that of every bench.
 
     Raises RecollectError when the file cannot be written, is damaged, belongs to other code or settings (unless
     ``fresh``), or another command is writing it.
     """
     if not budget_s > 0:
         raise RecollectError(f"bench: budget-seconds must be positive, got {budget_s:g}")
-    record = Record(out / f"{name}.json", size_name, _head(name, settings, device))
+    record = Record(out / f"{name}.json", size_name, _head(name, settings, device, also))
     if not record.path.exists():
         record.save()
     try:
@@ -233,7 +236,7 @@ def _foretold_in_time(case: Case, shorter: Sequence[Row], size_name: str, budget
     return seconds is not None and seconds > budget_s
 
 
-def _head(name: str, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def _head(name: str, settings: Mapping[str, Any], device: torch.device, also: Sequence[str]) -> dict[str, Any]:
     """Everything but rows: what must be the same for results to stand beside each other, and where they come from."""
     facts = environment(device)
     versions = {**facts["packages"], **{package: package_version(package) for package in PACKAGES}}
@@ -242,7 +245,7 @@ def _head(name: str, settings: Mapping[str, Any], device: torch.device) -> dict[
         "bench": name,
         "schema": SCHEMA,
         "commit": git_state(Path(recollect.__file__).parent)["commit"],
-        "code": code_digest(),
+        "code": code_digest(also),
         "settings": json.loads(json.dumps(dict(settings))),
         "environment": {
             **{key: facts[key] for key in ("started", "python", "platform", "device", "cuda")},
@@ -252,11 +255,16 @@ def _head(name: str, settings: Mapping[str, Any], device: torch.device) -> dict[
     }
 
 
-def code_digest() -> str:
-    """Twelve digits of the source that decides what is measured: the layers, what they stand on, and the cases."""
+def code_digest(also: Sequence[str] = ()) -> str:
+    """Twelve digits of the source that decides what is measured: the layers, what they stand on, and the cases;
+    ``also`` adds folders and files of the package.
+    """
     root = Path(recollect.__file__).parent
     paths = [path for room in MEASURED_ROOMS for path in (root / room).rglob("*.py")]
     paths += [root / "eval" / "bench" / f"{name}.py" for name in MEASURING_FILES]
+    paths += [
+        path for name in also for path in ((root / name).rglob("*.py") if (root / name).is_dir() else [root / name])
+    ]
     text = b"".join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in sorted(paths))
     return hashlib.sha256(text).hexdigest()[:12]
 

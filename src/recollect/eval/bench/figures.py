@@ -1,4 +1,4 @@
-"""Pictures of the benches: a PNG each, two panels over length or over tokens seen, on logarithmic axes.
+"""Pictures of the benches: a PNG each, two or three panels over length or over tokens seen, on logarithmic axes.
 
 Every line is named at its end. A peer is dashed, in the colour of the row of ours that it stands beside.
 """
@@ -15,6 +15,8 @@ from recollect.eval.bench.attention import FULL
 from recollect.eval.bench.cases import Record, Row
 from recollect.eval.bench.layers import best_of_families
 from recollect.eval.bench.peers import BEST, PEERS
+from recollect.eval.bench.worldmodel import FULL as TSSM_FULL
+from recollect.eval.bench.worldmodel import TSSM
 from recollect.eval.report.figures import PRINT, ROW_COLOURS, require_matplotlib, settings
 from recollect.eval.report.rows import MARKERS
 from recollect.eval.report.text import human_bytes
@@ -27,6 +29,9 @@ LABEL_POINTS = 9.5
 
 CLOSEST = 13.0
 """Points between the names of two lines."""
+
+NARROW = 1000.0
+"""Below so many times from bottom to top, an axis shows 2 and 5 between its powers of ten."""
 
 SHORT = {BEST: "transformers Mamba2*", "transformers Mamba2": "transformers Mamba2 (256)"}
 
@@ -60,7 +65,9 @@ def draw(record: Record) -> bytes | None:
     rows = record.measured()
     if not rows:
         return None
-    make = {"layers": _layers, "attention": _attention, "decode": _decode}[record.head["bench"]]
+    make = {"layers": _layers, "attention": _attention, "decode": _decode, "worldmodel": _worldmodel}[
+        record.head["bench"]
+    ]
     return make(record, rows)
 
 
@@ -119,6 +126,31 @@ def _decode(record: Record, rows: Sequence[Row]) -> bytes:
     ]
     notes = ["Dashed: the state is declared to grow with what was seen."] if growing else []
     return _picture(record, f"d_model {record.head['settings']['d_model']}", "tokens seen before", panels, notes)
+
+
+def _worldmodel(record: Record, rows: Sequence[Row]) -> bytes:
+    s = record.head["settings"]
+    style = {name: i for i, name in enumerate(dict.fromkeys(row["row"] for row in rows if row["row"] != TSSM_FULL))}
+    shown: list[Row] = [
+        {
+            **row,
+            "peer_of": TSSM if row["row"] == TSSM_FULL else None,
+            "bytes_per_frame": row["peak_bytes"] / (s["batch"] * row["length"]),
+        }
+        for row in rows
+    ]
+    panels = [
+        ("training, frames per second", _lines(shown, "length", "train_frames_per_s", style), _number),
+        ("imagination, frames per second", _lines(shown, "length", "imagine_frames_per_s", style), _number),
+        ("peak memory of training, per frame", _lines(shown, "length", "bytes_per_frame", style), human_bytes),
+    ]
+    notes = [f"Imagined: {s['horizon']} frames after a context of that length."]
+    if any(row["peer_of"] for row in shown):
+        notes.append(f"Dashed: {TSSM} with a memory as long as the context.")
+    side = s["image_size"]
+    seen = "tiles" if side is None else f"{side} x {side} pixels"
+    what = f"d_model {s['d_model']}, batch {s['batch']}, {seen}"
+    return _picture(record, what, "frames of the episode or context", panels, notes)
 
 
 def _lines(
@@ -200,7 +232,14 @@ def _panel(ax: Axes, title: str, x_label: str, lines: Sequence[Line], shown: Cal
     if in_bytes:
         low, high = (math.log2(v) for v in ax.get_ylim())
         exponents = range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 7)))
-        ax.set_yticks([2.0**e for e in exponents])
+        between = [1.5 * 2.0**e for e in range(math.floor(low), math.ceil(high)) if len(exponents) < 3]
+        bottom, top = ax.get_ylim()
+        ax.set_yticks([tick for tick in (*(2.0**e for e in exponents), *between) if bottom <= tick <= top])
+    else:
+        low, high = ax.get_ylim()
+        steps = (1, 2, 5) if high / low < NARROW else (1,)
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        ax.set_yticks([tick for e in decades for step in steps if low <= (tick := step * 10.0**e) <= high])
     ax.yaxis.set_major_formatter(lambda value, _: shown(value).replace(".0", ""))
     _name_ends(ax, lines)
 

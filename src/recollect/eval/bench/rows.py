@@ -16,13 +16,17 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"attention-full": ("att
 """Further rows: the layer, and the options that differ from its defaults."""
 
 
-def row_names(chosen: Sequence[str] = ()) -> list[str]:
+def row_names(words: Sequence[str] = ()) -> list[str]:
+    """The layers to measure, as ``chosen``."""
+    return chosen(words, [*LAYERS, *VARIANTS], "layer")
+
+
+def chosen(words: Sequence[str], known: Sequence[str], what: str) -> list[str]:
     """The rows to measure, all by default, a name with commas being several. ConfigError for one that is not there."""
-    known = [*LAYERS, *VARIANTS]
-    names = [name for word in chosen for name in word.split(",") if name]
+    names = [name for word in words for name in word.split(",") if name]
     for name in names:
         if name not in known:
-            raise ConfigError(f"unknown layer '{name}'{nearest(name, known)}")
+            raise ConfigError(f"unknown {what} '{name}'{nearest(name, known)}")
     return list(dict.fromkeys(names or known))
 
 
