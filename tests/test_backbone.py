@@ -89,10 +89,24 @@ def test_alternating_with_and_without_mlps() -> None:
     assert Backbone.Config.alternating(8, (MAMBA, WINDOW), 0) == Backbone.Config(8, (MAMBA, WINDOW))
 
 
+def test_all_layers_are_read_side_by_side() -> None:
+    """y = norm(W [x_1; x_2]) with x_1 = x + mixer(norm x) and x_2 = x_1 + MLP(norm x_1)."""
+    config = Backbone.Config(8, (GRU.Config(8), Mlp.Config(8)), "layer", reads="all")
+    torch.manual_seed(0)
+    backbone = Backbone(config).double().eval()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    one = x + backbone.layers[0](F.layer_norm(x, (8,))).y
+    two = one + backbone.layers[1](F.layer_norm(one, (8,))).y
+    assert backbone.read_all is not None
+    wanted = F.layer_norm(torch.cat([one, two], -1) @ backbone.read_all.weight.T + backbone.read_all.bias, (8,))
+    torch.testing.assert_close(backbone(x).y, wanted)
+    assert backbone.read_all.weight.shape == (8, 16)
+
+
 def test_the_demo_keeps_its_world_models() -> None:
     """Two mixers, each followed by a GELU MLP of twice the width, RMS norms before each and at the end."""
     faceoff = load_recipe("demo")
-    backbone = faceoff.pick("s5", "world").problem.backbone  # pyright: ignore[reportAttributeAccessIssue]
+    backbone = faceoff.pick("s5", "world").problem.dynamics.backbone  # pyright: ignore[reportAttributeAccessIssue]
     mixer = S5.Config(64, d_state=64)
     mlp = Mlp.Config(64, expand=2.0, activation="gelu")
     assert backbone == Backbone.Config(64, (mixer, mlp, mixer, mlp), "rms")
@@ -122,6 +136,7 @@ def test_nested_layers_are_set_by_their_place() -> None:
         (lambda: Backbone.Config.alternating(8, (MAMBA,), -1.0), "expand must be positive, got -1.0"),
         (lambda: override(Backbone.Config.tiny(), ["mlp_expand=2"]), "unknown key 'mlp_expand'"),
         (lambda: override(Backbone.Config.s4_blocks(MAMBA, 1), ["layers.2.expnd=2"]), "did you mean 'expand'"),
+        (lambda: Backbone.Config(8, (MAMBA,), reads=cast(Any, "some")), "reads must be 'last' or 'all', got 'some'"),
         (lambda: Mlp.Config(8, activation=cast(Any, "tanh")), "activation must be gelu, swiglu or relu"),
     ],
 )

@@ -36,15 +36,20 @@ class Backbone(SequenceLayer):
         """``layers`` in order from the input; each has the backbone's ``d_model``.
 
         A block order is nothing but this tuple; ``alternating``, ``s4_blocks`` and ``samba`` write the usual ones.
+        ``reads`` is what the last norm sees: the ``last`` layer's output, or a linear map of the outputs of ``all``
+        layers side by side, as TransDreamer (arXiv 2202.09481) reads its Transformer.
         """
 
         layers: tuple[LayerConfig, ...] = ()
         norm: Norm = "rms"
+        reads: Literal["last", "all"] = "last"
 
         def __post_init__(self) -> None:
             super().__post_init__()
             if not self.layers:
                 raise ConfigError("backbone: layers is empty; give at least one layer config")
+            if self.reads not in ("last", "all"):
+                raise ConfigError(f"backbone: reads must be 'last' or 'all', got '{self.reads}'")
             for i, layer in enumerate(self.layers):
                 if layer.d_model != self.d_model:
                     raise ConfigError(
@@ -109,6 +114,7 @@ class Backbone(SequenceLayer):
                 "tiny": cls.tiny(),
                 "mixed": cls.alternating(8, mixed, norm="layer"),
                 "s4-blocks": cls.s4_blocks(S5.Config.tiny(), 1),
+                "all-layers": cls(8, (GRU.Config.tiny(), Mamba2.Config.tiny()), reads="all"),
                 "samba": cls.samba(Mamba2.Config.tiny(), Attention.Config.tiny(), 1),
             }
 
@@ -126,6 +132,8 @@ class Backbone(SequenceLayer):
         self.config = config
         self.layers = nn.ModuleList(layer.build() for layer in config.layers)
         self.norms = nn.ModuleList(_norm(config) for _ in config.layers)
+        wide = config.d_model * len(config.layers)
+        self.read_all = nn.Linear(wide, config.d_model) if config.reads == "all" else None
         self.last_norm = _norm(config)
 
     def init_state(
@@ -135,22 +143,30 @@ class Backbone(SequenceLayer):
 
     def forward(self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None) -> LayerOut:
         states: list[State] = []
+        outputs: list[Tensor] = []
         aux: Aux = {}
         for i, layer in enumerate(self._sublayers()):
             out = layer(self.norms[i](x), None if state is None else state.layers[i], reset=reset)
             x = x + out.y
+            outputs.append(x)
             states.append(out.state)
             for name, value in out.aux.items():
                 aux[name] = aux[name] + value if name in aux else value
-        return LayerOut(self.last_norm(x), self.State(tuple(states)), aux)
+        return LayerOut(self._read(outputs), self.State(tuple(states)), aux)
 
     def step(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
         states: list[State] = []
+        outputs: list[Tensor] = []
         for i, layer in enumerate(self._sublayers()):
             y, after = layer.step(self.norms[i](x), state.layers[i], reset=reset)
             x = x + y
+            outputs.append(x)
             states.append(after)
-        return self.last_norm(x), self.State(tuple(states))
+        return self._read(outputs), self.State(tuple(states))
+
+    def _read(self, outputs: list[Tensor]) -> Tensor:
+        """The backbone's output from those of its layers."""
+        return self.last_norm(outputs[-1] if self.read_all is None else self.read_all(torch.cat(outputs, -1)))
 
     def _sublayers(self) -> list[SequenceLayer]:
         return [layer for layer in self.layers if isinstance(layer, SequenceLayer)]
