@@ -247,7 +247,9 @@ def test_many_samples_of_one_context_share_its_state(store: EpisodeStore, monkey
     assert all(torch.equal(env.state.z[0], env.state.z[i]) for i in (1, 3, 4))
     assert not torch.equal(env.state.z[0], env.state.z[2])
     env.step(actions)
-    assert torch.equal(env.state.h[0], env.state.h[4])  # h follows from the context and the action
+    # h follows from the context and the action alone; rows differ by rounding.
+    torch.testing.assert_close(env.state.h[0], env.state.h[4], rtol=0, atol=1e-12)
+    assert (env.state.h[0] - env.state.h[2]).abs().max() > 1e-3
     assert len({env.state.z[i].numpy().tobytes() for i in range(5)}) == 5
     modes = dreaming(store, model, 5, sample=False)
     modes.reset(options={"episodes": 2})

@@ -57,7 +57,6 @@ def together(contexts: Contexts, spans: Ints) -> Batch:
             return part
         if whole is None:
             whole = Batch(*(field.new_zeros(len(spans), longest, *field.shape[2:]) for field in part))
-            whole.is_first.fill_(True)
         for field, values in zip(whole, part, strict=True):
             field[rows, longest - length :] = values
         whole.is_first[rows, longest - length] |= length < longest
