@@ -327,6 +327,13 @@ def test_windows_are_all_runs_within_one_episode(tmp_path: Path):
     assert batch["time"].tolist() == [[s, s + 1, s + 2] for s in starts]
     assert batch["is_first"][:, 1:].sum() == 0
     assert np.flatnonzero(batch["is_first"][:, 0]).tolist() == [0, 1, 2, 7, 9]
+    places = [(0, 0), (1, 0), *((2, i) for i in range(5)), (4, 0), (4, 1), (5, 0), (5, 1)]
+    assert [windows.number(*place) for place in places] == list(range(len(windows)))
+    for place in ((0, 1), (3, 0), (4, -1), (4, 2)):
+        with pytest.raises(DataError, match=f"episode {place[0]} has . steps, no window of 3 from step {place[1]}"):
+            windows.number(*place)
+    with pytest.raises(DataError, match=r"episode numbers lie in 0\.\.5, got 6"):
+        windows.number(6)
     assert len(Windows(store, 7)) == 1
     assert len(Windows(store, 1)) == store.n_steps
     sampled = windows.sample(np.random.default_rng(0), 400)["time"][:, 0]

@@ -62,6 +62,56 @@ def test_schedules_are_the_published_ones():
     assert copies == {"two": (20, 49), "four": (30, 99), "ten": (50, 199)}
 
 
+LONGER = (Config("two", query=700), Config("four", query=1500), Config("ten", query=1350))
+
+
+def test_longer_queries_go_on_at_the_rhythm_of_the_published_ones():
+    two, four, ten = LONGER
+    # The paper's sets for horizons beyond those trained on: 1,000 and 2,000 steps.
+    assert (two.context_length, two.episode_length) == (301, 1001)
+    assert (four.context_length, four.episode_length) == (501, 2001)
+    for config in LONGER:
+        published = Config(config.rooms).schedule
+        assert config.schedule.switches[: len(published.switches)] == published.switches
+        assert published.lasting(published.query) == published
+    more = tuple((100 * i + 80, 100 * i + 100) for i in range(4, 9))
+    assert two.schedule.switches[4:] == more
+    more = tuple((125 * i + 100, 125 * i + 125) for i in range(7, 15))
+    assert four.schedule.switches[8:] == more
+    # 2,450 steps: no room is left at 2,400, since a whole period does not follow.
+    assert ten.schedule.switches[19:] == tuple((100 * i + 80, 100 * i + 100) for i in range(19, 23))
+    a, b = (script(config, draw(config, np.random.default_rng(0), 2)) for config in (Config("two"), Config(query=200)))
+    assert all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def test_a_longer_query_is_cut_off_later_and_drawn_likewise():
+    config = Config("two", query=260)
+    env, given = config.build(), config.generate(np.random.default_rng(3), 1)
+    first, _ = env.reset(seed=3)
+    usual = Config("two").generate(np.random.default_rng(3), 1)
+    assert given["image"].shape == (1, 561, 64, 64, 3)
+    assert (given["cells"][:, 0] == usual["cells"][:, 0]).all()
+    assert (first == given["image"][0, 0]).all()
+    assert (usual["image"][0, 0] == first).all()
+    for t, action in enumerate(env.scripted_actions(), start=1):
+        seen, _, _, truncated, _ = env.step(int(action))
+        assert truncated == (t == 560)
+    assert (seen == given["image"][0, 560]).all()
+    scores = config.oracle(given)
+    assert scores["view"] > 0.9999
+    assert scores["seen"] > 0.98
+
+
+def test_queries_that_cannot_be():
+    with pytest.raises(ConfigError, match="query must be at least the published 500, got 499") as error:
+        Config("four", query=499)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="a teleport repeats the published query"):
+        Config("two", teleport=True, query=200)
+    config = Config("four", query=1500)
+    assert from_dict(EnvConfig, to_dict(config)) == config
+
+
 def test_plans():
     for name, n_rooms, n_domes, starts in (("two", 2, 3, 10), ("four", 4, 6, 16), ("ten", 10, 15, 40)):
         plan = layout(name)
@@ -101,16 +151,16 @@ def test_what_is_drawn_per_episode():
     assert abs(np.cos(episodes.start[:, 2]).mean()) < 0.2
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("teleport", [False, True])
-def test_every_room_is_visited_when_scheduled(name: Any, teleport: bool):
-    config = Config(name, teleport)
+@pytest.mark.parametrize("config", [*(Config(*which) for which in LENGTHS), *LONGER], ids=str)
+def test_every_room_is_visited_when_scheduled(config: Rooms.Config):
+    teleport = config.teleport
     episodes = draw(config, np.random.default_rng(1), 24)
     found = script(config, episodes)
     plan, bounds = config.layout, np.array(config.schedule.switches)
     assert (bounds[:, 0] <= found.switches).all()
     assert (found.switches <= bounds[:, 1]).all()
     free = bounds[:, 0] < bounds[:, 1]
+    assert found.attempts.max() < 500
     assert (np.ptp(found.switches[:, free], axis=0) > 3).all()
     last = config.context_length - 2 if teleport else config.episode_length - 1
     n, directions = len(plan.rooms), set()

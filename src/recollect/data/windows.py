@@ -53,6 +53,18 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def number(self, episode: int, start: int = 0) -> int:
+        """The number of the window that begins at ``start`` of an episode. Raises DataError where there is none."""
+        n = len(self._ends)
+        if not 0 <= episode < n:
+            raise DataError(f"{self.store.path}: episode numbers lie in 0..{n - 1}, got {episode}")
+        steps = int(self.store.index[episode, 1])
+        if not 0 <= start <= steps - self.length:
+            raise DataError(
+                f"{self.store.path}: episode {episode} has {steps} steps, no window of {self.length} from step {start}"
+            )
+        return int(self._ends[episode]) - (steps - self.length + 1) + start
+
     def sample(self, rng: np.random.Generator, batch_size: int) -> Batch:
         """``batch_size`` windows, uniform with replacement; see ``batch_at``."""
         return self.batch_at(rng.integers(len(self), size=batch_size))

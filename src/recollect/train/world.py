@@ -22,7 +22,9 @@ from recollect.data import EpisodeStore, Windows, collect
 from recollect.data.writer import SCHEMA
 from recollect.envs.base import EnvConfig, Frames
 from recollect.envs.tiles import TILE_PIXELS
+from recollect.eval.contexts import StoredContexts
 from recollect.eval.imagination import Dream, Gallery, Scores, dream, joined
+from recollect.eval.imagined_env import ImaginedEnv
 from recollect.eval.pictures import render_on, save_strips, tiles_of
 from recollect.eval.probing import probe_scores
 from recollect.models.dynamics import DynamicsConfig
@@ -171,6 +173,10 @@ class World(Problem):
         batch = self.see(self._aligned(arrays, _device(model)))
         return dream(model, batch, self.config.env.context_length, generator)
 
+    def contexts(self, split: str) -> StoredContexts:
+        """The episodes of a split as the model sees them, for ``ImaginedEnv``."""
+        return StoredContexts(self._windows(split).store, self.see)
+
     def describe(self, model: nn.Module) -> dict[str, Any]:
         return {
             "params": sum(p.numel() for p in model.parameters()),
@@ -269,9 +275,7 @@ def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0)
     Returns the picture's path. Raises RunError when the run is missing or has no checkpoint, ConfigError when it is no
     world model or has fewer test episodes than asked for.
     """
-    run, problem, model = load_trained(directory)
-    if not isinstance(problem, World) or not isinstance(model, WorldModel):
-        raise ConfigError(f"{directory} is a run of group '{run.group}'; only world models imagine")
+    problem, model = _trained(directory)
     n_test = problem.config.n_test
     if not 1 <= episodes <= n_test:
         raise ConfigError(f"{directory} has {n_test} test episodes: --episodes must be in 1..{n_test}, got {episodes}")
@@ -281,6 +285,41 @@ def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0)
     gallery = Gallery(episodes, frames=result.scores.generation.shape[1])
     gallery.show(result)
     return save_strips({k: v for k, v in gallery.arrays().items() if k.startswith("strip_")}, out)
+
+
+def imagined_env(
+    directory: Path,
+    *,
+    num_envs: int,
+    split: str = "test",
+    context: int | None = None,
+    horizon: int | None = None,
+    best: bool | None = None,
+    device: str = "cpu",
+    **choices: Any,
+) -> ImaginedEnv:
+    """The imagination of a trained run as a vector environment, going on from episodes of one of its splits.
+
+    ``context`` and ``horizon`` are the environment's own context and query where they are None; ``choices`` are further
+    arguments of ``ImaginedEnv``. Raises RunError and ConfigError as ``imagine_run`` does.
+    """
+    problem, model = _trained(directory, best=best, device=device)
+    env = problem.config.env
+    return ImaginedEnv(
+        model,
+        problem.contexts(split),
+        num_envs=num_envs,
+        context=env.context_length if context is None else context,
+        horizon=env.query_length if horizon is None else horizon,
+        **choices,
+    )
+
+
+def _trained(directory: Path, *, best: bool | None = None, device: str = "cpu") -> tuple[World, WorldModel]:
+    run, problem, model = load_trained(directory, best=best, device=device)
+    if not isinstance(problem, World) or not isinstance(model, WorldModel):
+        raise ConfigError(f"{directory} is a run of group '{run.group}'; only world models imagine")
+    return problem, model
 
 
 def _smaller(pictures: Tensor, size: int) -> Tensor:

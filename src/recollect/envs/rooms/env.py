@@ -54,7 +54,12 @@ class Rooms(FirstPerson):
     class Config(EnvConfig, kind="rooms"):
         """First-person rooms in a ring: see them all in one round, then foresee the next; or recall after a teleport.
 
-        Raises ConfigError for rooms other than "two", "four" and "ten".
+        ``query`` asks for longer episodes: so many frames after the same context, the policy going on from room to room
+        as often as in the published query (``Schedule.lasting``). The paper's sets for horizons beyond those trained on
+        are ``Config("two", query=700)`` and ``Config("four", query=1500)``: 1,000 and 2,000 steps.
+
+        Raises ConfigError for rooms other than "two", "four" and "ten", for a query shorter than the published one, and
+        for one after a teleport, which repeats a walk that is only so long.
         """
 
         actions: ClassVar[tuple[str, ...]] = ACTIONS
@@ -65,11 +70,20 @@ class Rooms(FirstPerson):
 
         rooms: RoomsName = "two"
         teleport: bool = False
+        query: int | None = None
+        """Frames after the context; None: the published number."""
 
         def __post_init__(self) -> None:
             names = {name for name, _ in SCHEDULES}
             if self.rooms not in names:
                 raise ConfigError(f"{self.kind}: no plan of '{self.rooms}' rooms{nearest(str(self.rooms), names)}")
+            if self.query is None:
+                return
+            if self.teleport:
+                raise ConfigError(f"{self.kind}: a teleport repeats the published query; leave out query or teleport")
+            shortest = SCHEDULES[self.rooms, False].query
+            if self.query < shortest:
+                raise ConfigError(f"{self.kind}: query must be at least the published {shortest}, got {self.query}")
 
         @property
         def layout(self) -> Layout:
@@ -79,7 +93,8 @@ class Rooms(FirstPerson):
         @property
         def schedule(self) -> Schedule:
             """When the policy does what."""
-            return SCHEDULES[self.rooms, self.teleport]
+            published = SCHEDULES[self.rooms, self.teleport]
+            return published if self.query is None else published.lasting(self.query)
 
         @property
         def context_length(self) -> int:

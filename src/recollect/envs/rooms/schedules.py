@@ -17,6 +17,18 @@ class Schedule(NamedTuple):
     copies: tuple[int, int] = (0, 0)
     """First and last frame that a teleport may lead back to."""
 
+    def lasting(self, query: int) -> Schedule:
+        """The same context before ``query`` frames: rooms go on being left as the last one of ``switches`` is.
+
+        A room is left where a whole period follows, as after the last published switch; so the published query gives
+        the schedule itself.
+        """
+        (_, before), (first, last) = self.switches[-2:]
+        period = last - before
+        periods = (self.context + query - 1 - last) // period
+        more = tuple((first + period * k, last + period * k) for k in range(1, periods))
+        return self._replace(query=query, switches=(*self.switches, *more))
+
 
 def _every(period: int, early: int, n: int, forced: dict[int, int]) -> tuple[tuple[int, int], ...]:
     """n switches, the i-th within ``early`` steps before the end of period i unless it is forced."""
