@@ -246,6 +246,24 @@ def test_generating_equals_stepping(config: Rooms.Config):
         assert rest == {"image", "action", "reward", "is_first", "is_last", "is_terminal"}
 
 
+def test_smaller_pictures_are_means_over_squares():
+    whole, small = Config("two"), Config("two", side=16)
+    frames, reduced = (config.generate(np.random.default_rng(4), 1) for config in (whole, small))
+    squares = frames["image"].reshape(1, -1, 16, 4, 16, 4, 3).astype(np.float64)
+    assert (reduced["image"] == np.floor(squares.mean((3, 5)) + 0.5)).all()
+    assert all(np.array_equal(frames[key], reduced[key]) for key in frames if key != "image")
+    env = small.build(render_mode="rgb_array")
+    observation, _ = env.reset(seed=4)
+    assert small.observation_shape == observation.shape == env.observation_space.shape == (16, 16, 3)
+    for t, action in enumerate(env.scripted_actions()[:20]):
+        assert (observation == reduced["image"][0, t]).all()
+        assert (env.render() == frames["image"][0, t]).all()
+        observation, *_ = env.step(int(action))
+    for side in (0, 24, 128):
+        with pytest.raises(ConfigError, match=f"rooms: side must divide 64, got {side}"):
+            Config("two", side=side)
+
+
 def test_a_seeded_reset_is_the_first_generated_episode():
     config = Config("two", teleport=True)
     env = config.build()
@@ -296,7 +314,7 @@ def test_a_walk_that_cannot_be_says_so(monkeypatch: pytest.MonkeyPatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("config", [Config("two"), Config("four", teleport=True)], ids=str)
+@pytest.mark.parametrize("config", [Config("two"), Config("two", side=16), Config("four", teleport=True)], ids=str)
 def test_a_perfect_memory_foretells_the_view(config: Rooms.Config):
     frames = config.generate(np.random.default_rng(7), 1)
     scores = config.oracle(frames)

@@ -235,22 +235,9 @@ class TestFamilies:
         with pytest.raises(ConfigError, match="rooms is not seen or acted in as distracting-memory is"):
             self.config(DistractingMemory.Config(11), longer=Rooms.Config())
 
-    def test_pictures_are_averaged_down(self) -> None:
-        problem = self.config(ToyEnv.Config(), image_size=4).build()
-        batch = problem.batch(1, Streams(0), torch.device("cpu"))
-        side = batch.observation.shape[2]
-        small = problem.see(batch).observation
-        assert small.shape[2:] == (4, 4, 3)
-        by_hand = batch.observation[:, :, : side // 4, : side // 4].double().mean((2, 3)).round()
-        assert torch.equal(small[:, :, 0, 0].double(), by_hand)
-        with pytest.raises(ConfigError, match="must divide the"):
-            self.config(ToyEnv.Config(), image_size=7)
-        with pytest.raises(ConfigError, match="needs observation=pixels"):
-            replace(world_config(), image_size=8)
-
     def test_mazes_are_probed(self) -> None:
         probe = Probe.Config(hidden=8, n_hidden=1, steps=2)
-        problem = self.config(Maze.Config(9), image_size=8, n_episodes=2, batch_size=1, probe=probe).build()
+        problem = self.config(Maze.Config(9, side=8), n_episodes=2, batch_size=1, probe=probe).build()
         metrics = problem.evaluate(problem.build_model().eval(), Streams(0), final=True).metrics
         assert 0 < metrics["walls_accuracy"] < 1
         assert metrics["objects_rmse"] ** 2 == pytest.approx(metrics["objects_mse"])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from recollect.envs import ENVS, DistractingMemory, EnvConfig, MultiDoorsKeys, Rooms, find
+from recollect.envs.rooms.walk import FirstPersonConfig
 from recollect.models.latent import LatentConfig
 from recollect.models.presets import Size, preset
 from recollect.models.probe import Probe
@@ -35,11 +36,13 @@ class Scale:
     train: TrainConfig
     grid: Literal["tiles", "pixels"]
     """How grid worlds are seen."""
-    image_size: int | None
-    """Side of first-person pictures; None: as they are rendered."""
+    side: int
+    """Of first-person pictures, in pixels."""
     depth: int
     batch_size: int
     n_episodes: int
+    n_pictured: int
+    """Episodes of pictures: they take a hundred times the room of tiles, and longer to make."""
     n_valid: int
     n_test: int
     probe: Probe.Config
@@ -49,11 +52,12 @@ class Scale:
         """One run for each of ``rows`` on an environment."""
         size = replace(self.size, window=window, chunk=window)
         pictures = env.observation == "image"
+        if isinstance(env, FirstPersonConfig):
+            env = replace(env, side=self.side)
         problem = WorldConfig(
             env,
             preset("s5wm", size),
             observation="pixels" if pictures else self.grid,
-            image_size=self.image_size if pictures else None,
             hidden=size.hidden,
             depth=self.depth,
             batch_size=self.batch_size,
@@ -61,7 +65,7 @@ class Scale:
             # Of all frames of an episode only the last is asked: in a mean over frames its reward would not be heard.
             reward_weight=env.episode_length / 2 if env.rewarded else 0.0,
             continue_weight=1.0 if env.rewarded else 0.0,
-            n_episodes=self.n_episodes,
+            n_episodes=self.n_pictured if pictures else self.n_episodes,
             n_valid=self.n_valid,
             n_test=self.n_test,
             probe=self.probe if env.kind in ("maze", "memory-maze") else None,
@@ -77,10 +81,11 @@ MICRO = Scale(
     Size(64, 2, d_state=64, hidden=128, latent=LatentConfig(groups=16, classes=16)),
     TrainConfig(steps=2000, lr=3e-3, warmup_steps=100, log_every=20, eval_every=400, checkpoint_every=500),
     grid="tiles",
-    image_size=16,
+    side=16,
     depth=16,
     batch_size=16,
     n_episodes=4096,
+    n_pictured=1024,
     n_valid=64,
     n_test=256,
     probe=Probe.Config(hidden=256, n_hidden=2, steps=500),
@@ -89,10 +94,11 @@ MINI = Scale(
     Size(128, 2, d_state=64, hidden=256, latent=LatentConfig(groups=32, classes=16)),
     TrainConfig(steps=10_000, lr=2e-3, warmup_steps=200, log_every=50, eval_every=1000, checkpoint_every=500),
     grid="tiles",
-    image_size=32,
+    side=32,
     depth=16,
     batch_size=16,
     n_episodes=8192,
+    n_pictured=2048,
     n_valid=128,
     n_test=512,
     probe=Probe.Config(hidden=512, n_hidden=3, steps=2000),
@@ -110,10 +116,11 @@ PAPER = Scale(
         checkpoint_every=500,
     ),
     grid="pixels",
-    image_size=None,
+    side=64,
     depth=32,
     batch_size=8,
     n_episodes=8000,
+    n_pictured=4000,
     n_valid=1000,
     n_test=1000,
     probe=Probe.Config(),

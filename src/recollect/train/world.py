@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recollect.core.config import fingerprint, to_dict
 from recollect.core.errors import ConfigError
@@ -46,8 +45,6 @@ class WorldConfig(ProblemConfig, kind="world"):
     env: EnvConfig
     dynamics: DynamicsConfig
     observation: Literal["tiles", "pixels"] = "tiles"
-    image_size: int | None = None
-    """Side that pictures are averaged down to before anything sees them; None: as they are."""
     hidden: int = 128
     depth: int = 16
     """Channels of the first convolution, with pixels."""
@@ -73,12 +70,6 @@ class WorldConfig(ProblemConfig, kind="world"):
                 raise ConfigError(f"world.{name} must be at least 1, got {getattr(self, name)}")
         if self.env.observation == "image" and self.observation == "tiles":
             raise ConfigError(f"world.observation: {self.env.kind} shows no tiles; use observation=pixels")
-        if self.observation == "tiles" and self.image_size is not None:
-            raise ConfigError("world.image_size is of pictures: it needs observation=pixels")
-        if self.image_size is not None and (self.image_size < 1 or self._whole % self.image_size):
-            raise ConfigError(
-                f"world.image_size must divide the {self._whole} pixels of {self.env.kind}, got {self.image_size}"
-            )
         if self.longer is not None and (
             self.longer.observation_shape != self.env.observation_shape or self.longer.n_actions != self.env.n_actions
         ):
@@ -94,7 +85,7 @@ class WorldConfig(ProblemConfig, kind="world"):
         vision = (
             Tiles(n_codes=self.env.n_codes, hidden=self.hidden)
             if self.observation == "tiles"
-            else Pixels(size=self.image_size or self._whole, depth=self.depth)
+            else Pixels(size=self._side, depth=self.depth)
         )
         return WorldModel.Config(
             n_actions=self.env.n_actions,
@@ -109,7 +100,7 @@ class WorldConfig(ProblemConfig, kind="world"):
         )
 
     @property
-    def _whole(self) -> int:
+    def _side(self) -> int:
         """Pixels along a side of a picture."""
         return self.env.observation_shape[0] * (TILE_PIXELS if self.env.observation == "tiles" else 1)
 
@@ -117,7 +108,7 @@ class WorldConfig(ProblemConfig, kind="world"):
 class World(Problem):
     """The evidence bound of whole episodes; scored by what is imagined after the context.
 
-    Batches hold what the store holds, codes or whole pictures: they are drawn or averaged down where the model is.
+    Batches hold what the store holds, codes or pictures: codes are drawn where the model is.
     """
 
     def __init__(self, config: WorldConfig) -> None:
@@ -184,13 +175,10 @@ class World(Problem):
         }
 
     def see(self, batch: Batch) -> Batch:
-        """The batch as the model sees it: codes drawn where it sees pixels, pictures averaged down."""
-        c, seen = self.config, batch.observation
-        if c.observation == "tiles":
+        """The batch as the model sees it: codes are drawn where it sees pixels."""
+        if self.config.observation == "tiles" or self.config.env.observation == "image":
             return batch
-        if c.env.observation == "tiles":
-            seen = render_on(seen)
-        return batch._replace(observation=seen if c.image_size is None else _smaller(seen, c.image_size))
+        return batch._replace(observation=render_on(batch.observation))
 
     def _imagined(
         self, model: WorldModel, env: EnvConfig, split: str, generator: torch.Generator, gallery: Gallery | None
@@ -257,7 +245,14 @@ class World(Problem):
         keys = (env.observation, *KEYS, *(env.probed if probed else ()))
         return Windows(self._stores[env, split], keys=keys)
 
-    def _store(self, env: EnvConfig, split: str) -> EpisodeStore:
+    def make_episodes(self, workers: int = 0) -> None:
+        """Make every store that training and the tests read, with so many processes, unless they are there already."""
+        for split in ("train", "valid", "test"):
+            self._store(self.config.env, split, workers)
+        if self.config.longer is not None:
+            self._store(self.config.longer, "test", workers)
+
+    def _store(self, env: EnvConfig, split: str, workers: int = 0) -> EpisodeStore:
         """The split's episodes, made by whichever process comes first while the others wait."""
         c = self.config
         n = {"train": c.n_episodes, "valid": c.n_valid, "test": c.n_test}[split]
@@ -266,7 +261,7 @@ class World(Problem):
         path = root / f"{env.kind}-{fingerprint(env)}-{split}-seed{c.data_seed}-{n}-v{SCHEMA}"
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / f"{path.name}.lock", wait=True):
-            return collect(env, n, c.data_seed, path, split)
+            return collect(env, n, c.data_seed, path, split, workers=workers)
 
 
 def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0) -> Path:
@@ -320,13 +315,6 @@ def _trained(directory: Path, *, best: bool | None = None, device: str = "cpu") 
     if not isinstance(problem, World) or not isinstance(model, WorldModel):
         raise ConfigError(f"{directory} is a run of group '{run.group}'; only world models imagine")
     return problem, model
-
-
-def _smaller(pictures: Tensor, size: int) -> Tensor:
-    """Pictures (B, T, h, h, 3) uint8 averaged over squares to (B, T, size, size, 3), rounded."""
-    flat = pictures.flatten(0, 1).permute(0, 3, 1, 2).float()
-    small = F.avg_pool2d(flat, flat.shape[-1] // size).permute(0, 2, 3, 1)
-    return small.round().to(torch.uint8).unflatten(0, pictures.shape[:2])
 
 
 def _device(model: nn.Module) -> torch.device:

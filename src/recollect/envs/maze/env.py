@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.core.errors import ConfigError
-from recollect.envs.base import EnvConfig, Frames, Observation
+from recollect.envs.base import Frames
 from recollect.envs.maze.plans import RoomRules, draw_scenes
 from recollect.envs.rooms import oracle
+from recollect.envs.rooms.renderer import reduced
 from recollect.envs.rooms.scene import DOME_RGB, SIZE, Bytes, Floats, Scene
-from recollect.envs.rooms.walk import ACTIONS, CONSTANT, PROBED, FirstPerson, marks, pictures, probes
+from recollect.envs.rooms.walk import FirstPerson, FirstPersonConfig, marks, pictures, probes
 
 SIZES = (9, 11, 13, 15)
 CONTEXT, QUERY = 501, 500
@@ -55,7 +56,7 @@ class Maze(FirstPerson):
     """
 
     @dataclass(frozen=True)
-    class Config(EnvConfig, kind="maze"):
+    class Config(FirstPersonConfig, kind="maze"):
         """First-person mazes of rooms and corridors with coloured targets, for probing and for foreseeing views.
 
         ``border`` frames every picture in the current target's colour, as Memory Maze does for agents that look for
@@ -63,17 +64,12 @@ class Maze(FirstPerson):
         9, 11, 13 or 15, or a noise outside 0..1.
         """
 
-        actions: ClassVar[tuple[str, ...]] = ACTIONS
-        observation: ClassVar[Observation] = "image"
-        block_episodes: ClassVar[int] = 8
-        constant: ClassVar[tuple[str, ...]] = CONSTANT
-        probed: ClassVar[tuple[str, ...]] = PROBED
-
         size: int = 9
         border: bool = False
         noise: float = 0.2
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.size not in SIZES:
                 raise ConfigError(f"{self.kind}: size must be one of {', '.join(map(str, SIZES))}, got {self.size}")
             if not 0 <= self.noise <= 1:
@@ -99,11 +95,6 @@ class Maze(FirstPerson):
             """The second half."""
             return QUERY
 
-        @property
-        def observation_shape(self) -> tuple[int, ...]:
-            """64 x 64 x 3."""
-            return (SIZE, SIZE, 3)
-
         def build(self, *, pixels: bool = False, render_mode: str | None = None) -> Maze:  # noqa: ARG002 (always are)
             """The environment, for stepping."""
             return Maze(self, render_mode=render_mode)
@@ -116,13 +107,13 @@ class Maze(FirstPerson):
 
         def oracle(self, frames: Frames) -> dict[str, float]:
             """``view`` and ``seen`` of ``rooms.oracle.view``, without the border."""
-            return oracle.view(frames, self.context_length, margin=BORDER if self.border else 0)
+            return oracle.view(frames, self.context_length, margin=-(-BORDER * self.side // SIZE) if self.border else 0)
 
     name: ClassVar[str] = "maze"
 
     def __init__(self, config: Config | None = None, *, render_mode: str | None = None) -> None:
         self.config = Maze.Config() if config is None else config
-        super().__init__(self.config.episode_length, render_mode)
+        super().__init__(self.config, render_mode)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Bytes, dict[str, Any]]:
         """A new episode from the environment's own generator, or from ``options["episodes"]``."""
@@ -131,7 +122,7 @@ class Maze(FirstPerson):
         self._episode = _first(draw(self.config, self.np_random, 1) if given is None else given)
         self._target, self._draws = int(self._episode.target[0]), self._episode.streams[0, 1:].copy()
         self._begin(self._episode.scene, self._episode.start[0])
-        return self._picture(), {}
+        return self._seen(), {}
 
     def step(self, action: np.int64 | int) -> tuple[Bytes, float, bool, bool, dict[str, Any]]:
         """One action. Raises ResetNeeded after the end of an episode, InvalidAction outside 0..5."""
@@ -142,7 +133,7 @@ class Maze(FirstPerson):
         domes = self._episode.scene.domes[0]
         target = int(touch(self._state, plain(domes, np.float32), self._target, self._draws))
         reward, self._target = float(target != self._target), target
-        return self._picture(), reward, False, truncated, {}
+        return self._seen(), reward, False, truncated, {}
 
     def hidden_state(self) -> dict[str, Any]:
         """The keys of ``probes``, and those of the current target."""
@@ -203,7 +194,14 @@ def play(config: Maze.Config, episodes: Episodes) -> Frames:
     current = {name: found[f"targets_{name[7:]}"][rows, steps, targets] for name in _CURRENT}
     if config.border:
         _frame(image, current["target_color"])
-    return {"image": image, "action": actions, "reward": rewards, **marks(n, T), **found, **current}
+    return {
+        "image": reduced(image, config.side),
+        "action": actions,
+        "reward": rewards,
+        **marks(n, T),
+        **found,
+        **current,
+    }
 
 
 def _frame(image: Bytes, rgb: npt.NDArray[np.float32]) -> None:

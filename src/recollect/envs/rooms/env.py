@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.core.errors import ConfigError, nearest
-from recollect.envs.base import EnvConfig, Frames, Observation
+from recollect.envs.base import Frames
 from recollect.envs.rooms import oracle
 from recollect.envs.rooms.layouts import Layout, RoomsName, draw_scenes, draw_starts, layout, room_of
-from recollect.envs.rooms.scene import SIZE, Bytes, Floats, Scene
+from recollect.envs.rooms.renderer import reduced
+from recollect.envs.rooms.scene import Bytes, Floats, Scene
 from recollect.envs.rooms.schedules import SCHEDULES, Schedule
-from recollect.envs.rooms.walk import ACTIONS, CONSTANT, PROBED, FirstPerson, marks, pictures, probes
+from recollect.envs.rooms.walk import FirstPerson, FirstPersonConfig, marks, pictures, probes
 
 
 class Episodes(NamedTuple):
@@ -51,7 +52,7 @@ class Rooms(FirstPerson):
     """
 
     @dataclass(frozen=True)
-    class Config(EnvConfig, kind="rooms"):
+    class Config(FirstPersonConfig, kind="rooms"):
         """First-person rooms in a ring: see them all in one round, then foresee the next; or recall after a teleport.
 
         ``query`` asks for longer episodes: so many frames after the same context, the policy going on from room to room
@@ -62,18 +63,13 @@ class Rooms(FirstPerson):
         for one after a teleport, which repeats a walk that is only so long.
         """
 
-        actions: ClassVar[tuple[str, ...]] = ACTIONS
-        observation: ClassVar[Observation] = "image"
-        block_episodes: ClassVar[int] = 8
-        constant: ClassVar[tuple[str, ...]] = CONSTANT
-        probed: ClassVar[tuple[str, ...]] = PROBED
-
         rooms: RoomsName = "two"
         teleport: bool = False
         query: int | None = None
         """Frames after the context; None: the published number."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             names = {name for name, _ in SCHEDULES}
             if self.rooms not in names:
                 raise ConfigError(f"{self.kind}: no plan of '{self.rooms}' rooms{nearest(str(self.rooms), names)}")
@@ -106,11 +102,6 @@ class Rooms(FirstPerson):
             """Frames after that."""
             return self.schedule.query
 
-        @property
-        def observation_shape(self) -> tuple[int, ...]:
-            """64 x 64 x 3."""
-            return (SIZE, SIZE, 3)
-
         def build(self, *, pixels: bool = False, render_mode: str | None = None) -> Rooms:  # noqa: ARG002 (always are)
             """The environment, for stepping."""
             return Rooms(self, render_mode=render_mode)
@@ -127,7 +118,7 @@ class Rooms(FirstPerson):
 
     def __init__(self, config: Config | None = None, *, render_mode: str | None = None) -> None:
         self.config = Rooms.Config() if config is None else config
-        super().__init__(self.config.episode_length, render_mode)
+        super().__init__(self.config, render_mode)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Bytes, dict[str, Any]]:
         """A new episode from the environment's own generator, or from ``options["episodes"]``."""
@@ -137,7 +128,7 @@ class Rooms(FirstPerson):
         self._begin(self._episode.scene, self._episode.start[0])
         self._room = int(room_of(self.config.layout, self._state[None, :2])[0])
         self._past = [(self._state, self._room)]
-        return self._picture(), {}
+        return self._seen(), {}
 
     def step(self, action: np.int64 | int) -> tuple[Bytes, float, bool, bool, dict[str, Any]]:
         """One action. Raises ResetNeeded after the end of an episode, InvalidAction outside 0..5."""
@@ -146,7 +137,7 @@ class Rooms(FirstPerson):
         if self.config.teleport and self._steps == self.config.context_length - 1:
             self._state, self._room = self._past[int(self._episode.copied[0])]
         self._past.append((self._state, self._room))
-        return self._picture(), 0.0, False, truncated, {}
+        return self._seen(), 0.0, False, truncated, {}
 
     def hidden_state(self) -> dict[str, Any]:
         """The keys of ``probes``, and ``room``."""
@@ -207,7 +198,7 @@ def play(config: Rooms.Config, episodes: Episodes) -> Frames:
     if config.teleport:
         room = _replayed(config, episodes, room[:, : config.context_length - 1])
     return {
-        "image": pictures(episodes.scene, states),
+        "image": reduced(pictures(episodes.scene, states), config.side),
         "action": actions,
         "reward": np.zeros((n, T), dtype=np.float32),
         **marks(n, T),

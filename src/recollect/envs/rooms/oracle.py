@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.envs.base import Frames
-from recollect.envs.rooms.renderer import nothing_seen, render
-from recollect.envs.rooms.scene import BRIGHT_FLOOR, DOME_RGB, FIRST_WALL, Bytes, Floats, Scene
+from recollect.envs.rooms.renderer import nothing_seen, reduced, render
+from recollect.envs.rooms.scene import BRIGHT_FLOOR, DOME_RGB, FIRST_WALL, SIZE, Bytes, Floats, Scene
 from recollect.envs.rooms.textures import NO_WALL
 
 _NOWHERE = -1e3
@@ -22,7 +22,8 @@ def view(frames: Frames, context: int, *, teleports: bool = False, margin: int =
     off the pictures, and walls stop it where they are. In the query it reckons where it is from the actions alone,
     after a teleport from the earlier frame that looks the same and was followed by the same actions, and draws what it
     noted; every picture twice, with different things wherever it noted nothing: pixels that differ are those it cannot
-    know. ``margin`` pixels along the edges are left out. Cost: rendering every context once, every query twice.
+    know. ``margin`` pixels of those seen are left out along the edges. Cost: rendering every context once, every query
+    twice.
     """
     n, T = frames["action"].shape
     right, known, pixels = 0, 0, 0
@@ -35,9 +36,11 @@ def view(frames: Frames, context: int, *, teleports: bool = False, margin: int =
         noted = [seen.cells == 1, seen.domes == 1]
         draft, other = (render(s, poses[context:], index[context:]) for s in _imagined(scene, noted[0], noted[1]))
         truth = frames["image"][i, context:]
-        inner = slice(margin, truth.shape[1] - margin)
-        draft, other, truth = (array[:, inner, inner] for array in (draft, other, truth))
-        sure = (draft == other).all(axis=-1)
+        side = truth.shape[1]
+        # A pixel of a smaller picture is known where all that it averages is.
+        alike = (draft == other).all(axis=-1).reshape(len(truth), side, SIZE // side, side, SIZE // side)
+        inner = slice(margin, side - margin)
+        sure, draft, truth = (array[:, inner, inner] for array in (alike.all((2, 4)), reduced(draft, side), truth))
         right += int(((draft == truth).all(axis=-1) & sure).sum())
         known += int(sure.sum())
         pixels += sure.size

@@ -67,6 +67,16 @@ def render(
     return out
 
 
+def reduced(images: Bytes, side: int) -> Bytes:
+    """Pictures (..., 64, 64, 3) averaged over squares to (..., side, side, 3), rounded half up."""
+    k = SIZE // side
+    if k == 1:
+        return images
+    squares = images.reshape(*images.shape[:-3], side, k, side, k, 3)
+    total = squares.sum(axis=(-4, -2), dtype=np.uint32)
+    return ((total + k * k // 2) // (k * k)).astype(np.uint8)
+
+
 def nothing_seen(scene: Scene) -> Seen:
     """What is known before the first picture."""
     return Seen(np.zeros(scene.grid.shape, dtype=np.uint8), np.zeros(scene.colours.shape, dtype=np.uint8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import gymnasium
@@ -9,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from recollect.envs.base import Frames, MemoryEnv
-from recollect.envs.rooms.renderer import render
+from recollect.core.errors import ConfigError
+from recollect.envs.base import EnvConfig, Frames, MemoryEnv, Observation
+from recollect.envs.rooms.renderer import reduced, render
 from recollect.envs.rooms.scene import DOME_RGB, SIZE, Bytes, Floats, Scene, free_cells, seen_from
 
 ACTIONS = ("noop", "forward", "left", "right", "forward_left", "forward_right")
@@ -63,17 +66,40 @@ def marks(n: int, T: int) -> Frames:
     return {"is_first": first, "is_last": last, "is_terminal": np.zeros((n, T), dtype=np.bool_)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class FirstPersonConfig(EnvConfig, ABC):
+    """Base of the configs of ``FirstPerson``. Raises ConfigError for a side that does not divide 64."""
+
+    actions: ClassVar[tuple[str, ...]] = ACTIONS
+    observation: ClassVar[Observation] = "image"
+    block_episodes: ClassVar[int] = 8
+    constant: ClassVar[tuple[str, ...]] = CONSTANT
+    probed: ClassVar[tuple[str, ...]] = PROBED
+
+    side: int = SIZE
+    """Of the pictures that are seen, in pixels: those that are rendered, averaged over squares."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.side <= SIZE or SIZE % self.side:
+            raise ConfigError(f"{self.kind}: side must divide {SIZE}, got {self.side}")
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """side x side x 3."""
+        return (self.side, self.side, 3)
+
+
 class FirstPerson(MemoryEnv):
     """Stepping through one scene. Subclasses draw it, and say what a step does beside moving."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 (gymnasium's own form)
     name: ClassVar[str]
 
-    def __init__(self, episode_length: int, render_mode: str | None = None) -> None:
+    def __init__(self, config: FirstPersonConfig, render_mode: str | None = None) -> None:
         self.render_mode = render_mode
         self.action_space = spaces.Discrete(len(ACTIONS))
-        self.observation_space = spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
-        self._length = episode_length
+        self.observation_space = spaces.Box(0, 255, config.observation_shape, np.uint8)
+        self._length, self._side = config.episode_length, config.side
         self._scene: Scene | None = None
         self._over = True
 
@@ -106,11 +132,14 @@ class FirstPerson(MemoryEnv):
             raise gymnasium.error.ResetNeeded(f"{self.name}: call reset() before {wanted}()")
         return self._scene
 
+    def _seen(self) -> Bytes:
+        return reduced(self._picture(), self._side)
+
     def _picture(self) -> Bytes:
         return pictures(self._world("render"), self._state[None, None])[0, 0]
 
     def render(self) -> Bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The agent's view (64, 64, 3) in mode ``rgb_array``; None without a render mode."""
+        """The agent's view (64, 64, 3) in mode ``rgb_array``, whatever ``side``; None without a render mode."""
         return None if self.render_mode is None else self._picture()
 
     def hidden_state(self) -> dict[str, Any]:
