@@ -19,9 +19,7 @@ import torch
 
 from recollect.core.files import write_atomically
 from recollect.core.seeding import Streams
-from recollect.models.language_model import LanguageModel
 from recollect.recipes import load_recipe
-from recollect.train.recall import RecallConfig
 from recollect.train.run import RunConfig
 from recollect.train.runtime import environment, resolve_device
 
@@ -35,11 +33,10 @@ def loss_and_gradients(run: RunConfig, device: torch.device) -> tuple[float, tor
     problem = run.problem.build()
     torch.manual_seed(streams.number("init"))
     model = problem.build_model().to(device)
-    assert isinstance(model, LanguageModel)
     batch = problem.batch(1, streams, device)
     # Explorers and other draws differ between devices: they are left to the layers' own tests.
     model.eval()
-    loss, _ = problem.loss(model, batch, streams.torch("sample", 1, device=str(device)))
+    loss, _ = problem.loss(model, batch, streams.torch("sample", 1, device="cpu"))
     loss.backward()
     grads = [p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), torch.cat(grads)
@@ -56,7 +53,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     rows: list[dict[str, Any]] = []
     for run in load_recipe(options.recipe).runs:
-        if not isinstance(run.problem, RecallConfig) or (options.rows and run.row not in options.rows):
+        if options.rows and run.row not in options.rows:
             continue
         here, wanted = loss_and_gradients(run, torch.device("cpu"))
         there, found = loss_and_gradients(run, device)

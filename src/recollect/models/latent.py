@@ -44,10 +44,13 @@ def log_probabilities(logits: Tensor, config: LatentConfig) -> Tensor:
 def noise(
     shape: tuple[int, ...], config: LatentConfig, generator: torch.Generator | None, device: torch.device
 ) -> Tensor | None:
-    """What ``draw`` samples by, (*shape, groups, 1) uniform; None without a generator."""
+    """What ``draw`` samples by, (*shape, groups, 1) uniform on ``device``; None without a generator.
+
+    Drawn where the generator lives: one on the CPU gives the same numbers to every device.
+    """
     if generator is None:
         return None
-    return torch.rand(*shape, config.groups, 1, generator=generator, device=device)
+    return torch.rand(*shape, config.groups, 1, generator=generator, device=generator.device).to(device)
 
 
 def draw(log_p: Tensor, u: Tensor | None) -> Tensor:
