@@ -115,7 +115,7 @@ class World(Problem):
         self.config = config
         self.headline = "imagination_accuracy" if config.env.rewarded else "generation_mse"
         self.higher_is_better = config.env.rewarded
-        self._stores: dict[tuple[EnvConfig, str], EpisodeStore] = {}
+        self._opened: dict[tuple[EnvConfig, str, bool], Windows] = {}
 
     def build_model(self) -> WorldModel:
         return WorldModel(self.config.model())
@@ -240,10 +240,10 @@ class World(Problem):
 
     def _windows(self, split: str, env: EnvConfig | None = None, *, probed: bool = False) -> Windows:
         env = env or self.config.env
-        if (env, split) not in self._stores:
-            self._stores[env, split] = self._store(env, split)
-        keys = (env.observation, *KEYS, *(env.probed if probed else ()))
-        return Windows(self._stores[env, split], keys=keys)
+        if (env, split, probed) not in self._opened:
+            keys = (env.observation, *KEYS, *(env.probed if probed else ()))
+            self._opened[env, split, probed] = Windows(self._store(env, split), keys=keys)
+        return self._opened[env, split, probed]
 
     def make_episodes(self, workers: int = 0) -> None:
         """Make every store that training and the tests read, with so many processes, unless they are there already."""
