@@ -40,8 +40,9 @@ def attended_frames(model: WorldModel, batch: Batch, context: int) -> Attended:
     length = batch.is_first.shape[1]
     if not isinstance(backbone, Backbone) or length > MAX_FRAMES or not context < length:
         return Attended()
+    tokens = _tokens(model, backbone, Batch(*(part[:1] for part in batch)))
     with captured(backbone) as found:
-        backbone(_tokens(model, backbone, Batch(*(part[:1] for part in batch))))
+        backbone(tokens)
     if not found:
         return Attended()
     rows, columns = _edges(context, length), _edges(0, length)

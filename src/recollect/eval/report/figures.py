@@ -6,6 +6,7 @@ A backbone keeps its colour and marker in every figure.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -121,6 +122,9 @@ def svg(draw: Callable[[Axes, Palette], None], alt: str, *, height: float = 250.
     text = text.replace("xlink:href", "href")
     referenced = set(re.findall(r"#([\w-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referenced else "", text)
+    # Two figures of one page may share their label, and never their names for clips and markers.
+    own = hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(r'( id="|url\(#|href="#)([\w-]+)', rf"\1\2-{own}", text)
     for role, colour in _STAND_INS.items():
         text = text.replace(colour, f"var(--{role})")
     # Hundredths of a unit are finer than any screen.

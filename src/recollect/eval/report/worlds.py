@@ -17,7 +17,7 @@ from recollect.eval.report.dreams import (
     published_values,
 )
 from recollect.eval.report.figures import bar_height
-from recollect.eval.report.metrics import label
+from recollect.eval.report.metrics import BEYOND, label
 from recollect.eval.report.plates import Figure, Plate, curve_plates, figure, whiskers
 from recollect.eval.report.published import published_worlds
 from recollect.eval.report.rows import look
@@ -46,7 +46,7 @@ def world_plates(face: FaceOff, group: str) -> list[Plate]:
         *_frames(face, group, rows),
         *_longer(face, group, rows),
         *curve_plates(face, group, name),
-        *_attended(face, rows),
+        *_attended(face, group, rows),
     ]
 
 
@@ -54,27 +54,26 @@ def _known(face: FaceOff, group: str, rows: Sequence[Row]) -> Plate:
     """Bars of every share that was asked for, dots of the other errors that rank or were probed."""
     reported = {name for row in rows for name in row.reported if row.metric(name)}
     height = max(250.0, bar_height(2 * len(rows)))
-    figures: list[Figure] = []
-    said: list[str] = []
-    for metric in (name for name in PAIRS if name in reported):
-        draw = partial(draw_share_bars, face=face, group=group, metric=metric)
-        figures.append(figure(TITLES[metric], draw, _told(rows, metric), height))
-        said.append(SAID[metric])
     headline = face.headline(group)
     errors = [name for name in (headline, "objects_mse") if name in reported and name not in AXES]
-    for metric in errors:
-        draw = partial(draw_error_dots, face=face, group=group, metric=metric)
-        title = label(metric).capitalize()
-        figures.append(figure(title, draw, _told(rows, metric), max(250.0, bar_height(len(rows)))))
+    shares = [name for name in PAIRS if name in reported]
+    figures: list[Figure] = []
+    said: list[str] = []
+    for metric in sorted((*shares, *errors), key=lambda name: name != headline):
+        is_bar = metric in AXES
+        draw = partial(draw_share_bars if is_bar else draw_error_dots, face=face, group=group, metric=metric)
+        title = TITLES[metric] if is_bar else label(metric).capitalize()
+        figures.append(figure(title, draw, f"{group}: {_told(rows, metric)}", height))
+        if is_bar:
+            said.append(SAID[metric])
     if errors:
         said.append("Dots: errors on a logarithmic scale, further left is better.")
     caption = " ".join(said) + whiskers(rows)
     if headline in PAIRS and (chance := face.line(group)) is not None:
         caption += f" Dashed: chance, {percent(chance)}."
     ours, beside = {row.name for row in rows}, published_worlds(face.environment(group))
-    drawn = [*(name for name in PAIRS if name in reported), *errors]
-    if beside is not None and any(ours & published_values(face, group, metric).keys() for metric in drawn):
-        caption += f" Diamonds: {beside.note}"
+    if beside is not None and any(ours & published_values(face, group, m).keys() for m in (*shares, *errors)):
+        caption += f" Diamonds are published: {beside.note.removeprefix('Published: ')}"
     if any(row.detail("generation_mse_curve") for row in rows):
         figures.append(_horizon(face, group, height))
         caption += " The error curves: squared error per frame as imagination goes on; a flat curve forgets nothing."
@@ -82,7 +81,8 @@ def _known(face: FaceOff, group: str, rows: Sequence[Row]) -> Plate:
 
 
 def _horizon(face: FaceOff, group: str, height: float, key: str = "generation_mse_curve") -> Figure:
-    alt = "Squared error of imagined frames against the number of frames imagined"
+    longer = ", longer than trained on" if key.startswith(BEYOND) else ""
+    alt = f"Squared error of imagined frames against the number of frames imagined, {group}{longer}"
     return figure(
         "Error over the imagined horizon", partial(draw_horizon, face=face, group=group, key=key), alt, height
     )
@@ -91,12 +91,12 @@ def _horizon(face: FaceOff, group: str, height: float, key: str = "generation_ms
 def _frames(face: FaceOff, group: str, rows: Sequence[Row]) -> list[Plate]:
     if not any(row.detail("reconstruction_mse_curve") for row in rows):
         return []
-    alt = "Squared error of frames decoded from what was seen of them, over the episode"
+    alt = f"Squared error of frames decoded from what was seen of them, over the episode, {group}"
     height = max(250.0, 75.0 + 13.0 * len(rows))
     drawn = figure("Error of what is seen", partial(draw_rebuilt, face=face, group=group), alt, height)
     caption = (
         "Every frame is shown, understood and decoded again: what is left of the error when nothing has to be "
-        "remembered. A dream cannot be sharper than this."
+        "remembered. A dream can hardly be sharper than this."
     )
     return [Plate("How frames are rebuilt while they are shown", caption, (drawn,))]
 
@@ -110,12 +110,12 @@ def _longer(face: FaceOff, group: str, rows: Sequence[Row]) -> list[Plate]:
     return [Plate("Beyond the trained horizon", caption, (drawn,))]
 
 
-def _attended(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
+def _attended(face: FaceOff, group: str, rows: Sequence[Row]) -> list[Plate]:
     figures = tuple(
         figure(
             seen.title,
             partial(draw_frames, seen=seen),
-            f"Which earlier frames {seen.title} attends to",
+            f"Which earlier frames {seen.title} attends to in {group}",
             250.0,
             width=320.0,
             colour=look(face, seen.row).colour,
