@@ -281,7 +281,7 @@ def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0)
     """
     run, problem, model = load_trained(directory)
     if not isinstance(problem, World) or not isinstance(model, WorldModel):
-        raise ConfigError(f"{directory} trained a problem of kind '{run.problem.kind}'; only world models imagine")
+        raise ConfigError(f"{directory} is a run of group '{run.group}'; only world models imagine")
     n_test = problem.config.n_test
     if not 1 <= episodes <= n_test:
         raise ConfigError(f"{directory} has {n_test} test episodes: --episodes must be in 1..{n_test}, got {episodes}")
