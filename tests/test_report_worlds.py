@@ -25,7 +25,7 @@ from recollect.eval.report.metrics import label, lower_is_better, shown
 from recollect.eval.report.published import WORLDS, published_worlds
 from recollect.eval.report.read import load_faceoff, result_rows
 from recollect.eval.report.rows import look
-from recollect.eval.report.tables import all_worlds, frame_tables, longer_tables, mean_ranks, table
+from recollect.eval.report.tables import all_worlds, frame_tables, longer_tables, mean_ranks, places, table
 from recollect.eval.report.text import answer, sentences
 from recollect.eval.report.write import markdown_tables, write_report
 from recollect.recipes import load_recipe
@@ -161,8 +161,18 @@ class TestNumbers:
         assert all_worlds(alone) is None
 
     def test_mean_ranks_are_of_rows_that_are_everywhere(self) -> None:
-        assert mean_ranks({"x": ["b", "a", "c"], "y": ["a", "b"]}) == {"a": 1.5, "b": 1.5, "c": None}
-        assert list(mean_ranks({"x": ["b", "a"], "y": ["c", "a"]})) == ["a", "b", "c"]
+        ranks = mean_ranks({"x": {"b": 1.0, "a": 2.5, "c": 2.5}, "y": {"a": 1.0, "b": 2.0}})
+        assert ranks == {"b": 1.5, "a": 1.75, "c": None}
+        assert list(mean_ranks({"x": {"b": 1.0, "a": 2.0}, "y": {"c": 1.0, "a": 2.0}})) == ["a", "b", "c"]
+
+    def test_rows_of_one_score_share_their_places(self, tmp_path: Path) -> None:
+        skill = {"rssm": 1.0, "tssm": 0.2, "s4wm": 1.0}
+        envs = {name: ENVS[name] for name in (MEMORY, DOORS)}
+        face = load_faceoff(write_worlds(tmp_path, rows=("rssm", "tssm", "s4wm"), envs=envs, skill=skill))
+        assert places(face, MEMORY) == {"rssm": 1.5, "s4wm": 1.5, "tssm": 3.0}
+        found = all_worlds(face)
+        assert found is not None
+        assert [row.cells[-1].text for row in found.rows] == ["1.5", "1.5", "3.0"]
 
     def test_longer_and_rebuilt_have_tables_of_their_own(self, face: FaceOff) -> None:
         (longer,) = longer_tables(face)

@@ -14,7 +14,7 @@ from recollect.eval.report.metrics import REWARDS, label
 from recollect.eval.report.published import published_for, published_worlds
 from recollect.eval.report.rows import Panel, panels
 from recollect.eval.report.strips import Film, films, strip_gap, strip_image
-from recollect.eval.report.tables import mean_ranks
+from recollect.eval.report.tables import mean_ranks, places
 from recollect.eval.report.text import metric_text, task_name
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _parts(face: FaceOff, worlds: Sequence[str]) -> list[_Part]:
             title = panel.title or f"{task_name(face, group).capitalize()}: values right"
             parts.append(_Part(group, title, len(panel.rows), bars))
     if len(worlds) > 1:
-        n_rows = len(mean_ranks(_orders(face, worlds)))
+        n_rows = len({row.name for group in worlds for row in face.ranked(group)})
         parts.append(_Part("", "", n_rows, lambda ax, _: draw_matrix(ax, face)))  # its columns say what they are
     for group in worlds if len(worlds) == 1 else ():
         metric, n_rows = face.headline(group), len(face.ranked(group))
@@ -121,14 +121,13 @@ def draw_matrix(ax: Axes, face: FaceOff) -> None:
     from matplotlib.patches import Rectangle
 
     groups = [group for group in face.groups_of("world") if face.ranked(group)]
-    orders = _orders(face, groups)
-    names = list(mean_ranks(orders))
+    found = {group: places(face, group) for group in groups}
+    names = list(mean_ranks(found))
     for i, name in enumerate(names):
         for j, group in enumerate(groups):
-            if name not in orders[group]:
+            if name not in found[group]:
                 continue
-            place = orders[group].index(name)
-            full = 1 - place / max(len(orders[group]) - 1, 1)
+            full = 1 - (found[group][name] - 1) / max(len(found[group]) - 1, 1)
             shade = Rectangle((j - 0.48, i - 0.45), 0.96, 0.9, facecolor=PRINT.heat, alpha=0.06 + 0.84 * full, lw=0)
             ax.add_patch(shade)
             score = next(row.score for row in face.ranked(group) if row.name == name)
@@ -142,10 +141,6 @@ def draw_matrix(ax: Axes, face: FaceOff) -> None:
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelcolor=PRINT.ink)
-
-
-def _orders(face: FaceOff, groups: Sequence[str]) -> dict[str, list[str]]:
-    return {group: [row.name for row in face.ranked(group)] for group in groups}
 
 
 def _draw_film(figure: Any, film: Film) -> None:

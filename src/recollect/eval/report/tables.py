@@ -94,7 +94,7 @@ def all_worlds(face: FaceOff) -> Table | None:
         return None
     found = {group: {row.name: row for row in face.ranked(group)} for group in groups}
     bests = {group: _best(list(rows.values()), face.headline(group)) for group, rows in found.items()}
-    ranks = mean_ranks({group: list(rows) for group, rows in found.items()})
+    ranks = mean_ranks({group: places(face, group) for group in groups})
     lines: list[TableRow] = []
     for name, rank in ranks.items():
         cells: list[Cell] = []
@@ -108,11 +108,20 @@ def all_worlds(face: FaceOff) -> Table | None:
     return Table(SUMMARY, "Worlds: every backbone in every environment", columns, tuple(lines), note + ERRORS)
 
 
-def mean_ranks(orders: Mapping[str, Sequence[str]]) -> dict[str, float | None]:
-    """Name -> mean of its 1-based places in all orders, best first; None, and last, for one that some order lacks."""
-    names = list(dict.fromkeys(name for order in orders.values() for name in order))
-    places = {name: [order.index(name) + 1 for order in orders.values() if name in order] for name in names}
-    ranks = {name: sum(p) / len(p) if len(p) == len(orders) else None for name, p in places.items()}
+def places(face: FaceOff, group: str) -> dict[str, float]:
+    """Name -> its place in a group, 1 for the first; rows of one and the same score share the mean of their places."""
+    ranked = [(row.name, score.mean) for row in face.ranked(group) if (score := row.score)]
+    shared: dict[float, list[int]] = {}
+    for place, (_, score) in enumerate(ranked, start=1):
+        shared.setdefault(score, []).append(place)
+    return {name: sum(shared[score]) / len(shared[score]) for name, score in ranked}
+
+
+def mean_ranks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
+    """Name -> mean of its places in all groups, best first; None, and last, for one that some group lacks."""
+    names = list(dict.fromkeys(name for group in found.values() for name in group))
+    own = {name: [group[name] for group in found.values() if name in group] for name in names}
+    ranks = {name: sum(p) / len(p) if len(p) == len(found) else None for name, p in own.items()}
     return dict(sorted(ranks.items(), key=lambda item: (item[1] is None, item[1] or 0.0)))
 
 

@@ -126,7 +126,8 @@ def _attended(face: FaceOff, group: str, rows: Sequence[Row]) -> list[Plate]:
     caption = (
         "One test episode, shown to its end: frames of the query downwards, all frames to the right, the context left "
         "of the dashed line. The fuller the colour, the more attention weight that pattern gives (square root, each "
-        "map on its own scale). A bright column is a frame that is kept in mind; the diagonal is the recent past. "
+        "map on its own scale). A bright column is a frame that is kept in mind; the diagonal is the recent past; "
+        "an empty map, that no query found a key by that pattern. "
         "What stands at a frame was understood from the one before it."
     )
     return [Plate("Which frames are attended to", caption, figures, "medium")] if figures else []
