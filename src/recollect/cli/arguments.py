@@ -12,7 +12,6 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
 from recollect.cli.data_arguments import DATA, ENVS, Data, Envs, NestedCommand
-from recollect.train.run import Group
 
 Overrides: TypeAlias = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")]
 Where: TypeAlias = Annotated[Positional[Path], arg(metavar="DIR")]
@@ -49,7 +48,7 @@ class Train:
     """Which row of the recipe to train."""
     overrides: Overrides = ()
     """Settings to change, by dotted key: train.lr=1e-3 train.steps=500."""
-    group: Annotated[Group | None, arg(metavar="{recall,world}")] = None
+    group: Annotated[str | None, arg(metavar="GROUP")] = None
     """Needed only where two groups have a row of that name."""
     seed: int = 0
     """Decides initialisation, data and sampling."""
@@ -96,7 +95,7 @@ class Imagine:
     """Arguments of ``recollect imagine``."""
 
     directory: Where
-    """The directory of a run of group "world"."""
+    """The directory of a world model's run."""
     out: Out = None
     """Where the strips go. Default: DIR/imagined."""
     episodes: int = 4

@@ -85,7 +85,7 @@ class _Layer:
 
 
 def _look(model: LanguageModel, batch: TokenBatch, task: Task) -> list[_Layer]:
-    with _captured(model) as found:
+    with captured(model.backbone) as found:
         model.hidden(torch.from_numpy(batch.tokens).to(model.embedding.weight.device))
     layers: list[_Layer] = []
     for name, inputs in found:
@@ -98,8 +98,10 @@ def _look(model: LanguageModel, batch: TokenBatch, task: Task) -> list[_Layer]:
 
 
 @contextmanager
-def _captured(model: LanguageModel) -> Generator[list[tuple[str, AttentionInputs]]]:
-    """What every attending layer attends with, in the order in which a forward inside the block reaches them."""
+def captured(backbone: nn.Module) -> Generator[list[tuple[str, AttentionInputs]]]:
+    """What every attending layer of ``backbone`` attends with, by its name there, in the order in which a forward
+    inside the block reaches them. Every call counts: a sequence must come whole.
+    """
     found: list[tuple[str, AttentionInputs]] = []
 
     def listen(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -110,8 +112,8 @@ def _captured(model: LanguageModel) -> Generator[list[tuple[str, AttentionInputs
         return hook
 
     handles = [
-        module.register_forward_hook(listen(name.removeprefix("backbone.")))
-        for name, module in model.named_modules()
+        module.register_forward_hook(listen(name))
+        for name, module in backbone.named_modules()
         if isinstance(module, SparseAttention | Attention)
     ]
     try:

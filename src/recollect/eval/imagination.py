@@ -127,13 +127,19 @@ def picture(observation: Tensor) -> Bytes:
 class Gallery:
     """Pictures of a few episodes out of many that pass by: the first, and those imagined best and worst.
 
-    ``frames`` evenly spaced steps of the query are kept of each; memory is that of ``n`` episodes of each kind.
+    ``frames`` evenly spaced steps of the query are kept of each; memory is that of ``n`` episodes of each kind. Of the
+    first ``films`` episodes as many steps are kept as ``FILM_BYTES`` allow, all of them if they do.
     """
 
     KINDS = ("first", "best", "worst")
 
-    def __init__(self, n: int = 4, frames: int = 10) -> None:
-        self.n, self.frames = n, frames
+    FILM_BYTES = 2_000_000
+    """Of the truth and the dream of all films together, before they are compressed."""
+
+    def __init__(self, n: int = 4, frames: int = 10, films: int = 2) -> None:
+        self.n, self.frames, self.films = n, frames, films
+        self._films: list[tuple[Bytes, Bytes]] = []
+        self._film_steps: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._kept: list[dict[str, Any]] = []
         self._seen = 0
         self._steps: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -142,8 +148,9 @@ class Gallery:
         """Look at one more batch."""
         scores = result.scores
         query = result.truth_pictures.shape[1]
-        at = np.unique(np.linspace(0, query - 1, min(self.frames, query)).round().astype(np.int64))
+        at = _spread(query, self.frames)
         self._steps = scores.context + at
+        self._film(result)
         for i, error in enumerate(scores.generation.mean(1).tolist()):
             self._kept.append(
                 {
@@ -160,7 +167,7 @@ class Gallery:
         self._kept = [entry for entry in self._kept if id(entry) in chosen]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What there is to draw or store: ``strip_*`` of the first, ``best_*``, ``worst_*``; or nothing at all."""
+        """What there is to draw or store: ``strip_*`` of the first, ``best_*``, ``worst_*``, ``film_*``; or nothing."""
         if not self._kept:
             return {}
         found = {"strip": self._of("first"), "best": self._of("best"), "worst": self._of("worst")}
@@ -169,9 +176,28 @@ class Gallery:
             for kind, entries in found.items()
             for key in self._kept[0]
         }
-        return {**arrays, "strip_step": self._steps}
+        arrays["strip_step"] = self._steps
+        if self._films:
+            arrays["film_truth"], arrays["film_imagined"] = (np.stack(part) for part in zip(*self._films, strict=True))
+            arrays["film_step"] = self._film_steps
+        return arrays
+
+    def _film(self, result: Dream) -> None:
+        """Take the film of every episode of a batch that is still among the first."""
+        wanted = min(self.films - len(self._films), len(result.truth_pictures))
+        if wanted <= 0:
+            return
+        query, *frame = result.truth_pictures.shape[1:]
+        at = _spread(query, max(self.FILM_BYTES // (2 * self.films * int(np.prod(frame))), 2))
+        self._film_steps = result.scores.context + at
+        self._films += [(result.truth_pictures[i, at], result.imagined_pictures[i, at]) for i in range(wanted)]
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
         if kind == "first":
             return [entry for entry in self._kept if entry["number"] < self.n]
         return sorted(self._kept, key=lambda e: (e["error"] if kind == "best" else -e["error"], e["number"]))[: self.n]
+
+
+def _spread(n: int, most: int) -> npt.NDArray[np.int64]:
+    """At most ``most`` of the indices below ``n``, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(np.int64))

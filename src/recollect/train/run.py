@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,7 +15,11 @@ from recollect.core.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from recollect.train.problem import Problem
 
-Group = str
+FAMILIES = ("recall", "world")
+"""What a group asks, by the kind of its problem: a recall task, or a world model's dreams."""
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+"""What a group may be called: one folder's name, and safe in a page's addresses."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,19 @@ class RunConfig(Config, kind="run"):
     """Everything that decides the outcome of one run, and nothing else."""
 
     recipe: str
-    group: Group
+    group: str
+    """Rows of one group are compared: one task or environment. ``group_family`` says which kind of comparison."""
     row: str
     seed: int
     problem: ProblemConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if not PLAIN_NAME.fullmatch(self.group):
+            raise ConfigError(
+                f"run.group must be one folder's name, of letters, digits and . _ + - after a letter or digit, "
+                f"got {self.group!r}"
+            )
 
     @property
     def name(self) -> str:
@@ -121,6 +134,19 @@ class FaceOff(Config, kind="faceoff"):
 
     def __post_init__(self) -> None:
         rows = [(run.group, run.row) for run in self.runs]
+        families: dict[str, str] = {}
+        for run in self.runs:
+            family = group_family(run.problem.kind, run.group)
+            if family is None:
+                raise ConfigError(
+                    f"face-off '{self.name}': group '{run.group}' holds problems of kind '{run.problem.kind}', which "
+                    f"does not say how to report it; call the group {' or '.join(FAMILIES)}"
+                )
+            if families.setdefault(run.group, family) != family:
+                raise ConfigError(
+                    f"face-off '{self.name}': group '{run.group}' holds both {families[run.group]} and {family} "
+                    f"problems, whose rows cannot be compared; give each a group of its own"
+                )
         for group, row in rows:
             if rows.count((group, row)) > 1:
                 raise ConfigError(f"face-off '{self.name}': row '{row}' of group '{group}' is listed more than once")
@@ -172,12 +198,25 @@ class FaceOff(Config, kind="faceoff"):
         found = [run for run in self.runs if run.row == row and group in (None, run.group)]
         if not found:
             rows = {run.row for run in self.runs if group in (None, run.group)}
+            groups = dict.fromkeys(run.group for run in self.runs)
+            if group is not None and group not in groups:
+                raise ConfigError(
+                    f"recipe '{self.name}' has no row '{row}' in group '{group}': its groups are {', '.join(groups)}"
+                )
             within = f" in group '{group}'" if group else ""
             raise ConfigError(f"recipe '{self.name}' has no row '{row}'{within}{nearest(row, rows)}")
         if len(found) > 1:
             groups = " or ".join(f"--group {run.group}" for run in found)
             raise ConfigError(f"recipe '{self.name}' has row '{row}' more than once: add {groups}")
         return found[0]
+
+
+def group_family(kind: str, group: str) -> str | None:
+    """Which of ``FAMILIES`` a group belongs to: the kind of its problems, or, for kinds of one's own, its name.
+
+    None where neither says.
+    """
+    return next((name for name in (kind, group) if name in FAMILIES), None)
 
 
 def rate_name(lr: float) -> str:

@@ -21,6 +21,8 @@ from recollect.data import EpisodeStore, Windows, collect
 from recollect.data.writer import SCHEMA
 from recollect.envs.base import EnvConfig, Frames
 from recollect.envs.tiles import TILE_PIXELS
+from recollect.eval.attended import Attended
+from recollect.eval.attended_frames import attended_frames
 from recollect.eval.contexts import StoredContexts
 from recollect.eval.imagination import Dream, Gallery, Scores, dream, joined
 from recollect.eval.imagined_env import ImaginedEnv
@@ -148,15 +150,17 @@ class World(Problem):
             curves |= {f"longer_{name}": value for name, value in more.items()}
         if final and c.probe is not None:
             metrics |= self._probed(model, c.probe, streams)
+        seen = self._attended(model) if final else Attended()
         details = {
             "context": c.env.context_length,
             "query": c.env.query_length,
             "env": to_dict(c.env),
             "observation": c.observation,
             "chance": 0.5,
+            "attended": seen.details or None,
             **curves,
         }
-        return Evaluation(metrics, details, gallery.arrays() if final else {})
+        return Evaluation(metrics, details, {**gallery.arrays(), **seen.arrays} if final else {})
 
     def dream(self, model: WorldModel, split: str, episodes: Sequence[int], generator: torch.Generator) -> Dream:
         """Observe the context of some episodes of a split, and imagine their query."""
@@ -212,6 +216,12 @@ class World(Problem):
             "generation_mse_curve": whole.generation.mean(0).tolist(),
             "reconstruction_mse_curve": whole.reconstruction.mean(0).tolist(),
         }
+
+    def _attended(self, model: WorldModel) -> Attended:
+        """What the first test episode is seen with, where the model has attention."""
+        arrays = self._windows("test").batch_at([0])
+        batch = self.see(self._aligned(arrays, _device(model)))
+        return attended_frames(model, batch, self.config.env.context_length)
 
     def _probed(self, model: WorldModel, config: Probe.Config, streams: Streams) -> dict[str, float]:
         """Scores of probes that are trained on the training split and asked on the test split."""
@@ -277,7 +287,7 @@ def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0)
     streams = Streams(seed)
     chosen = streams.numpy("eval", "imagine").permutation(n_test)[:episodes]
     result = problem.dream(model, "test", chosen.tolist(), streams.torch("eval", "imagine"))
-    gallery = Gallery(episodes, frames=result.scores.generation.shape[1])
+    gallery = Gallery(episodes, films=0, frames=result.scores.generation.shape[1])
     gallery.show(result)
     return save_strips({k: v for k, v in gallery.arrays().items() if k.startswith("strip_")}, out)
 

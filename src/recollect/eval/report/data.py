@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,23 +20,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from recollect.eval.report.metrics import REWARDS, headline_of, lower_is_better
 from recollect.eval.report.selection import Tried, choose, validation_score
 
 Status = Literal["finished", "unfinished", "not started", "diverged"]
 Axis = Literal["step", "seconds"]
 Floats = npt.NDArray[np.float64]
 
-METRICS: dict[str, tuple[str, ...]] = {
-    "recall": ("accuracy", "accuracy_largest", "all_correct", "binding_gap"),
-    "world": ("imagination_accuracy", "inference_accuracy", "reconstruction_mse", "generation_mse"),
-}
-"""Groups and the metrics each reports; the first one ranks the rows."""
-
 ORACLE_NAMES = {"key-majority": "context-blind", "context-majority": "key-blind"}
 """What an oracle is called here, where its name in ``recollect.tasks`` says how it guesses."""
-
-LOWER_IS_BETTER = frozenset({"reconstruction_mse", "generation_mse", "loss", "error"})
-"""Of the metrics above, and of those that a problem of one's own may be validated by."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,8 @@ class Run:
     """One training run: a backbone, a group and a seed. ``results`` is empty unless ``status`` is "finished"."""
 
     group: str
+    family: str
+    """What the group asks: "recall" or "world"."""
     row: str
     seed: int
     folder: Path
@@ -71,6 +65,11 @@ class Run:
     results: dict[str, Any]
     log: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
+
+    @cached_property
+    def headline(self) -> str:
+        """The metric that its group is ranked by."""
+        return headline_of(self.family, self.results)
 
     @cached_property
     def validation(self) -> tuple[str, float] | None:
@@ -134,7 +133,7 @@ class Trial:
         """The trial that these runs make up."""
         done = [run for run in runs if run.status == "finished"]
         validation = [run.validation[1] for run in done if run.validation is not None]
-        tested = [run.results["metrics"].get(METRICS[run.group][0]) for run in done]
+        tested = [run.results["metrics"].get(run.headline) for run in done]
         test = [float(value) for value in tested if value is not None and math.isfinite(value)]
         return cls(lr, Stat.of(validation) if validation else None, Stat.of(test) if test else None, len(done), runs)
 
@@ -170,13 +169,28 @@ class Row:
                 )
                 for trial in trials
             ],
-            higher_is_better=not (scored and scored[0] in LOWER_IS_BETTER),
+            higher_is_better=not (scored and lower_is_better(scored[0])),
         )
         if picked.index is None:
             furthest = max(trials, key=lambda trial: trial.finished)
             return cls(group, name, furthest.runs, None, trials, picked.provisional)
         trial = trials[picked.index]
         return cls(group, name, trial.runs, trial.lr, trials, picked.provisional)
+
+    @property
+    def family(self) -> str:
+        """What its group asks: "recall" or "world"."""
+        return self.runs[0].family
+
+    @property
+    def headline(self) -> str:
+        """The metric that ranks its group."""
+        return next(iter(self.finished), self.runs[0]).headline
+
+    @property
+    def reported(self) -> dict[str, None]:
+        """The metrics that a finished seed reports, in their order."""
+        return dict.fromkeys(name for run in self.finished for name in run.results["metrics"])
 
     @cached_property
     def finished(self) -> tuple[Run, ...]:
@@ -192,7 +206,7 @@ class Row:
     @property
     def score(self) -> Stat | None:
         """The metric that ranks this group."""
-        return self.metric(METRICS[self.group][0])
+        return self.metric(self.headline)
 
     def field(self, name: str) -> float | None:
         """A number of ``results.json`` outside ``metrics`` (params, state_bytes, wall_s, steps), mean over seeds."""
@@ -231,8 +245,8 @@ class FaceOff:
     name: str
     title: str
     groups: dict[str, tuple[Row, ...]]
-    tasks: tuple[str, ...] = ()
-    """The kinds of task that its recall runs are trained on."""
+    tasks: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """The kinds of task that the recall runs of a group are trained on."""
 
     @cached_property
     def row_names(self) -> list[str]:
@@ -249,19 +263,41 @@ class FaceOff:
         """The rows that may yet be reported at another learning rate."""
         return [row for rows in self.groups.values() for row in rows if row.provisional]
 
+    def family(self, group: str) -> str:
+        """What a group asks: "recall" or "world"."""
+        return self.groups[group][0].family
+
+    def groups_of(self, family: str) -> list[str]:
+        """The groups of a family, in the order of ``faceoff.json``."""
+        return [group for group in self.groups if self.family(group) == family]
+
+    def headline(self, group: str) -> str:
+        """The metric that ranks a group."""
+        rows = self.groups[group]
+        return next((row for row in rows if row.finished), rows[0]).headline
+
     def ranked(self, group: str) -> list[Row]:
         """The rows with results, best first."""
         scored = [(score.mean, row) for row in self.groups.get(group, ()) if (score := row.score)]
-        return [row for _, row in sorted(scored, key=lambda pair: -pair[0])]
+        sign = 1 if scored and lower_is_better(self.headline(group)) else -1
+        return [row for _, row in sorted(scored, key=lambda pair: sign * pair[0])]
+
+    def environment(self, group: str) -> dict[str, Any] | None:
+        """The config of the environment that a world group was trained on, where its runs say so."""
+        return next((found for row in self.groups[group] for found in row.detail("env")), None)
 
     def waiting(self, group: str) -> list[Row]:
         """The rows without any result yet."""
         return [row for row in self.groups.get(group, ()) if row.score is None]
 
-    def oracles(self) -> dict[str, float]:
-        """Accuracy of the guessers that the recall evaluations name, highest first; without the perfect solver."""
+    def oracles(self, group: str | None = None) -> dict[str, float]:
+        """Accuracy of the guessers that a recall group's evaluations name, highest first; without the perfect solver.
+
+        None: the first recall group's, or nothing.
+        """
+        group = group or next(iter(self.groups_of("recall")), "")
         found: dict[str, list[float]] = {}
-        for row in self.groups.get("recall", ()):
+        for row in self.groups.get(group, ()):
             blind = next(iter(row.detail("blind")), "key-majority")
             names = {**ORACLE_NAMES, "key-majority": "key-majority", blind: "context-blind"}
             for oracles in row.detail("oracles"):
@@ -271,17 +307,24 @@ class FaceOff:
         means = {name: sum(values) / len(values) for name, values in found.items()}
         return dict(sorted(means.items(), key=lambda item: -item[1]))
 
-    @cached_property
+    @property
     def guesser(self) -> tuple[str, float] | None:
+        """``guesser_of`` the first recall group."""
+        return self.guesser_of(None)
+
+    def guesser_of(self, group: str | None) -> tuple[str, float] | None:
         """The guesser that a recall row must beat: the context-blind one, or the best where a task has none."""
-        found = self.oracles()
+        found = self.oracles(group)
         name = "context-blind" if "context-blind" in found else next(iter(found), None)
         return None if name is None else (name, found[name])
 
     def line(self, group: str) -> float | None:
-        """What a row must beat: the guesser's score for recall, chance for worlds."""
-        if group == "recall":
-            return None if self.guesser is None else self.guesser[1]
+        """What a row must beat: the guesser's score for recall, chance for rewards; nothing for frames."""
+        if self.family(group) == "recall":
+            guesser = self.guesser_of(group)
+            return None if guesser is None else guesser[1]
+        if self.headline(group) not in REWARDS:
+            return None
         chances = [float(c) for row in self.groups.get(group, ()) for c in row.detail("chance")]
         return chances[0] if chances else 0.5
 
@@ -309,8 +352,7 @@ def rows_of(face: FaceOff) -> list[dict[str, Any]]:
     """``result_rows`` of a face-off that has been read."""
     rows: list[dict[str, Any]] = []
     for row in (row for group in face.groups.values() for row in group if row.finished):
-        names = dict.fromkeys(name for run in row.finished for name in run.results["metrics"])
-        stats = {name: stat for name in names if (stat := row.metric(name))}
+        stats = {name: stat for name in row.reported if (stat := row.metric(name))}
         rows.append(
             {
                 "recipe": ", ".join(row.texts("recipe")),

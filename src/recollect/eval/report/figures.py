@@ -6,18 +6,18 @@ A backbone keeps its colour and marker in every figure.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from recollect.core.errors import RecollectError
-from recollect.eval.report.data import Axis, FaceOff, Row, binned, mean_of_curves
-from recollect.eval.report.rows import OTHERS, Panel, look
+from recollect.eval.report.data import Axis, FaceOff, Row, binned
+from recollect.eval.report.metrics import is_share, label
+from recollect.eval.report.rows import OTHERS, Panel, crowded, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,6 +122,9 @@ def svg(draw: Callable[[Axes, Palette], None], alt: str, *, height: float = 250.
     text = text.replace("xlink:href", "href")
     referenced = set(re.findall(r"#([\w-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referenced else "", text)
+    # Two figures of one page may share their label, and never their names for clips and markers.
+    own = hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(r'( id="|url\(#|href="#)([\w-]+)', rf"\1\2-{own}", text)
     for role, colour in _STAND_INS.items():
         text = text.replace(colour, f"var(--{role})")
     # Hundredths of a unit are finer than any screen.
@@ -151,19 +154,20 @@ def draw_accuracy_bars(
     rows = panel.rows
     for y, row in enumerate(reversed(rows)):
         paper = (published or {}).get(row.name)
-        _bar(ax, palette, face, row, "accuracy", y, 0.64, beside=paper)
+        bar(ax, palette, face, row, "accuracy", y, 0.64, beside=paper)
         if paper is not None:
             ax.plot(
                 [100 * paper], [y], "D", ms=6, mfc=palette.paper, mec=palette.ink, mew=1.2, zorder=4, gid="published"
             )
     name_bars(ax, [panel.called(row) for row in reversed(rows)], palette)
-    if face.guesser is not None:
-        name, value = face.guesser
-        _reference(ax, palette, value, f"{name} {100 * value:.0f}", ha="left" if value < 0.6 else "right")
-        uniform = face.oracles().get("uniform", value)
+    group = rows[0].group if rows else None
+    if (guesser := face.guesser_of(group)) is not None:
+        name, value = guesser
+        reference(ax, palette, value, f"{name} {100 * value:.0f}", ha="left" if value < 0.6 else "right")
+        uniform = face.oracles(group).get("uniform", value)
         if all_guessers and value - uniform > 0.14:
-            _reference(ax, palette, uniform, f"uniform {100 * uniform:.0f}")
-    _percent_axis(ax, "accuracy, %")
+            reference(ax, palette, uniform, f"uniform {100 * uniform:.0f}")
+    percent_axis(ax, "accuracy, %")
 
 
 def draw_gap_bars(ax: Axes, palette: Palette, face: FaceOff, panel: Panel) -> None:
@@ -173,25 +177,12 @@ def draw_gap_bars(ax: Axes, palette: Palette, face: FaceOff, panel: Panel) -> No
     for y, row in enumerate(reversed(rows)):
         stat = row.metric("binding_gap")
         assert stat is not None
-        _bar(ax, palette, face, row, "binding_gap", y, 0.64)
+        bar(ax, palette, face, row, "binding_gap", y, 0.64)
         low = min(low, 100 * stat.low)
     name_bars(ax, [panel.called(row) for row in reversed(rows)], palette)
     ax.axvline(0, color=palette.ink, linewidth=1)
     ax.set_xlim(low - (9 if low else 0), 108)
     ax.set_xlabel("accuracy beyond the context-blind guesser, points")
-
-
-def draw_reward_bars(ax: Axes, palette: Palette, face: FaceOff) -> None:
-    """Reward accuracy per backbone: while observing (pale, above) and while imagining (solid, below)."""
-    rows = face.ranked("world")
-    for y, row in enumerate(reversed(rows)):
-        _bar(ax, palette, face, row, "inference_accuracy", y + 0.2, 0.34, alpha=0.4)
-        _bar(ax, palette, face, row, "imagination_accuracy", y - 0.2, 0.34)
-    name_bars(ax, [row.name for row in reversed(rows)], palette)
-    chance = face.line("world")
-    if chance is not None:
-        _reference(ax, palette, chance, f"chance {100 * chance:.0f}")
-    _percent_axis(ax, "reward predicted right, %")
 
 
 def draw_curves(
@@ -200,15 +191,16 @@ def draw_curves(
     """Learning curves: a bold mean over finished seeds, each seed thin; a run that has not finished is dotted."""
     drawn: list[float] = []
     ends: list[End] = []
-    rows = panel.rows
+    rows, scale = panel.rows, 100.0 if evaluation and is_share(name) else 1.0
     for row in rows:
-        colour, line_style = palette.row(face, row.name), look(face, row.name).line if panel.title == OTHERS else "-"
+        colour, alike = palette.row(face, row.name), crowded(face) and panel.title != OTHERS
+        line_style = "-" if alike else look(face, row.name).line
         for run in row.runs:
             x, y = binned(*run.curve(name, axis, evaluation=evaluation))
             alone = len(row.finished) < 2 and run.status == "finished"
             ax.plot(
                 x,
-                _shown(y, evaluation),
+                scale * y,
                 linestyle=line_style if run.status == "finished" else ":",
                 color=colour,
                 alpha=1.0 if alone else 0.4,
@@ -217,63 +209,45 @@ def draw_curves(
             drawn += list(y)
         x, y = binned(*row.mean_curve(name, axis, evaluation=evaluation))
         if len(row.finished) > 1:
-            ax.plot(x, _shown(y, evaluation), linestyle=line_style, color=colour)
+            ax.plot(x, scale * y, linestyle=line_style, color=colour)
         if x.size:
-            ends.append((float(x[-1]), float(_shown(y, evaluation)[-1]), panel.called(row), colour))
-    if evaluation:
+            ends.append((float(x[-1]), float(scale * y[-1]), panel.called(row), colour))
+    if scale == 100:
         ax.set_ylim(0, 105)
         line = face.line(rows[0].group)
         if line is not None:
             ax.axhline(100 * line, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
+    elif drawn and min(drawn) > 0 and (evaluation or max(drawn) > 20 * min(drawn)):
+        logarithmic(ax, "y", drawn)
+    if evaluation:
         name_ends(ax, ends)
-    elif drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
-        ax.set_yscale("log")
-        ax.minorticks_off()
-        # The default writes TeX, which text in an SVG shows as it stands.
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlim(left=0)
     ax.set_xlabel("training steps" if axis == "step" else "seconds of training")
-    ax.set_ylabel("accuracy, %" if evaluation else "loss")
+    ax.set_ylabel("loss" if not evaluation else "accuracy, %" if scale == 100 else label(name))
     ax.locator_params(axis="x", nbins=5)
-
-
-def draw_horizon(ax: Axes, palette: Palette, face: FaceOff) -> None:
-    """Squared error of imagined frames against the number of frames imagined so far."""
-    ends: list[End] = []
-    for row in face.ranked("world"):
-        curves = [np.asarray(curve, dtype=np.float64) for curve in row.detail("generation_mse_curve")]
-        x, y = mean_of_curves(
-            [(np.arange(1, curve.size + 1, dtype=np.float64), curve) for curve in curves if curve.size]
-        )
-        ax.plot(x, y, color=palette.row(face, row.name))
-        if x.size:
-            ends.append((float(x[-1]), float(y[-1]), row.name, palette.row(face, row.name)))
-    ax.set(xlabel="frames imagined", ylabel="squared error per frame")
-    ax.set_ylim(bottom=0)
-    ax.set_xlim(left=0)
-    name_ends(ax, ends)
 
 
 def name_ends(ax: Axes, ends: Sequence[End]) -> None:
     """Names in one column right of the curves, each led to its end; names that would meet are pushed apart."""
     from matplotlib.transforms import offset_copy
 
-    bottom, top = ax.get_ylim()
+    scaled = ax.yaxis.get_transform().transform
+    bottom, top = (float(y) for y in scaled(ax.get_ylim()))
     figure = ax.get_figure()
     assert figure is not None
     tall = 72 * figure.get_figure(root=True).get_figheight() - 65.0  # what is left for the axes, in points
     apart = 10.5 / tall * (top - bottom)
-    heights = sorted((y, x, name, colour) for x, y, name, colour in ends)
+    heights = sorted((float(scaled(y)), y, x, name, colour) for x, y, name, colour in ends)
     right, offset = max((x for x, *_ in ends), default=0.0), 6.0 if len(ends) < 6 else 16.0
     placed: list[float] = []
-    for y, *_ in heights:
-        placed.append(max(y, placed[-1] + apart) if placed else y)
+    for at, *_ in heights:
+        placed.append(max(at, placed[-1] + apart) if placed else at)
     excess = max(placed[-1] - top, 0.0) if placed else 0.0
     for i in reversed(range(len(placed))):
         limit = placed[i + 1] - apart if i + 1 < len(placed) else placed[i] - excess
         placed[i] = min(placed[i], limit)
-    for (y, x, name, colour), height in zip(heights, placed, strict=True):
-        place = (offset, (height - y) / (top - bottom) * tall)
+    for (at, y, x, name, colour), height in zip(heights, placed, strict=True):
+        place = (offset, (height - at) / (top - bottom) * tall)
         ax.annotate(name, (right, y), place, textcoords="offset points", va="center", fontsize=9)
         if abs(place[1]) > 3 or x < right:
             lead = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
@@ -281,11 +255,22 @@ def name_ends(ax: Axes, ends: Sequence[End]) -> None:
             ax.annotate("", (x, y), (right, y), textcoords=beside, arrowprops=lead)
 
 
-def _shown(y: Any, evaluation: bool) -> Any:
-    return 100 * y if evaluation else y
+def logarithmic(ax: Axes, axis: Literal["x", "y"], values: Iterable[float]) -> None:
+    """A logarithmic axis for positive ``values`` with plain numbers, at least two of them however near they are."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = min(values := list(values)), max(values)
+    (ax.set_xscale if axis == "x" else ax.set_yscale)("log")
+    side = ax.xaxis if axis == "x" else ax.yaxis
+    steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 3 * low else tuple(n / 2 for n in range(2, 20))
+    side.set_major_locator(LogLocator(subs=steps, numticks=8))
+    # The default writes TeX, which text in an SVG shows as it stands.
+    side.set_major_formatter(lambda value, _: f"{value:g}")
+    side.set_minor_formatter(NullFormatter())
+    ax.minorticks_off()
 
 
-def _bar(
+def bar(
     ax: Axes,
     palette: Palette,
     face: FaceOff,
@@ -296,7 +281,7 @@ def _bar(
     alpha: float = 1.0,
     beside: float | None = None,
 ) -> None:
-    """A bar, its whisker and its number, which stays clear of a mark at ``beside``."""
+    """The bar of a share, its whisker and its number, which stays clear of a mark at ``beside``."""
     stat = row.metric(metric)
     if stat is None:
         return
@@ -319,7 +304,7 @@ def name_bars(ax: Axes, names: Sequence[str], palette: Palette) -> None:
     ax.spines["left"].set_visible(False)
 
 
-def _reference(
+def reference(
     ax: Axes, palette: Palette, value: float, text: str, ha: Literal["left", "center", "right"] = "center"
 ) -> None:
     """A dashed line across horizontal bars, named above them."""
@@ -332,7 +317,8 @@ def _small(ax: Axes) -> float:
     return float(ax.xaxis.label.get_fontsize()) - 1
 
 
-def _percent_axis(ax: Axes, label: str) -> None:
+def percent_axis(ax: Axes, label: str) -> None:
+    """Shares from nothing to all, along the bars."""
     ax.set_xlim(0, 112)
     ax.set_xticks(range(0, 101, 25))
     ax.set_xlabel(label)

@@ -42,9 +42,12 @@ def draw_difference(ax: Axes, palette: Palette, row: Row, base: Row) -> None:
     _draw(ax, mine, mine["accuracy"] - theirs["accuracy"], {1: palette.heat, -1: palette.rows[1]})
 
 
-def differences(face: FaceOff) -> list[tuple[Row, Row]]:
-    """For every mixer the best row that adds attention to it, and the mixer alone, where both report the same sizes."""
-    rows = [row for row in face.ranked("recall") if row.detail("cells")]
+def differences(face: FaceOff, group: str = "recall") -> list[tuple[Row, Row]]:
+    """For every mixer of a group the best row that adds attention to it, and the mixer alone.
+
+    Only where both report the same sizes.
+    """
+    rows = [row for row in face.ranked(group) if row.detail("cells")]
     pairs: list[tuple[Row, Row]] = []
     for base in sorted(
         (row for row in rows if added_to(row.name) == PLAIN), key=lambda r: face.row_names.index(r.name)

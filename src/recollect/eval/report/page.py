@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+from recollect.eval.report.animation import Animation
+from recollect.eval.report.browse import Browser, browsers
 from recollect.eval.report.data import FaceOff
-from recollect.eval.report.figures import bar_height, draw_horizon, draw_reward_bars
-from recollect.eval.report.plates import Plate, curve_plates, figure, scores, whiskers
+from recollect.eval.report.metrics import REWARDS
+from recollect.eval.report.plates import Plate
 from recollect.eval.report.rows import legend
-from recollect.eval.report.strips import Film, data_uri, strip_gap, strip_image
-from recollect.eval.report.text import describe_unfinished, human_seconds, percent
+from recollect.eval.report.strips import Film, data_uri, films, strip_gap, strip_image
+from recollect.eval.report.text import chapter_title, describe_unfinished, human_seconds
 from recollect.eval.report.words import recall_plates
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """One group of the face-off; ``legend`` holds labels with a colour's index, or None."""
-
-    group: str
-    title: str
-    legend: tuple[tuple[str, int | None], ...]
-    plates: tuple[Plate, ...]
+from recollect.eval.report.worlds import world_plates
 
 
 @dataclass(frozen=True)
@@ -46,18 +38,38 @@ class Reel:
     tracks: tuple[Track, ...]
 
 
-def chapters(face: FaceOff) -> list[Chapter]:
-    """The figures of every group that has results."""
-    makers = {"recall": ("Words", recall_plates), "world": ("Worlds", _world_plates)}
+@dataclass(frozen=True)
+class Chapter:
+    """One group of the face-off; ``legend`` holds labels with a colour's index, or None."""
+
+    group: str
+    title: str
+    legend: tuple[tuple[str, int | None], ...]
+    plates: tuple[Plate, ...]
+    reels: tuple[Reel, ...] = ()
+    animation: Animation | None = None
+    browsers: tuple[Browser, ...] = ()
+    rewarded: bool = True
+    """Whether a reward is what its episodes end with."""
+
+
+def chapters(face: FaceOff, moving: Mapping[str, Animation]) -> list[Chapter]:
+    """The figures of every group that has results; ``moving`` are the groups' animations."""
     made: list[Chapter] = []
     for group in (group for group in face.groups if face.ranked(group)):
-        title, plates = makers[group]
-        made.append(Chapter(group, title, tuple(legend(face, group)), tuple(plates(face))))
+        title, colours = chapter_title(face, group), tuple(legend(face, group))
+        if face.family(group) == "recall":
+            made.append(Chapter(group, title, colours, tuple(recall_plates(face, group))))
+        else:
+            told = any(run.results["metrics"].get(REWARDS[0]) is not None for run in face.ranked(group)[0].finished)
+            shown = tuple(reels(films(face, group), rewarded=told))
+            plates, steps = tuple(world_plates(face, group)), tuple(browsers(face, group))
+            made.append(Chapter(group, title, colours, plates, shown, moving.get(group), steps, told))
     return made
 
 
-def reels(shown: Sequence[Film]) -> list[Reel]:
-    """Films as images for the page."""
+def reels(shown: Sequence[Film], *, rewarded: bool = True) -> list[Reel]:
+    """Films as images for the page, with the rewards beside them where there are any to predict."""
     made: list[Reel] = []
     for i, film in enumerate(shown, start=1):
         width, count = film.strips[0].frames.shape[2], len(film.steps)
@@ -66,7 +78,7 @@ def reels(shown: Sequence[Film]) -> list[Reel]:
             Track(
                 strip.name,
                 data_uri(strip_image(strip.frames)),
-                _reward(strip.reward, predicted=j > 0),
+                _reward(strip.reward, predicted=j > 0) if rewarded else "",
                 f"{strip.name}: {count} frames from step {film.steps[0]} to {film.steps[-1]}",
             )
             for j, strip in enumerate(film.strips)
@@ -120,24 +132,3 @@ def _reward(value: float | None, *, predicted: bool) -> str:
 
 def _command(command: Any) -> str:
     return " ".join(map(str, command)) if isinstance(command, list) else str(command)
-
-
-def _world_plates(face: FaceOff) -> list[Plate]:
-    rows, chance = face.ranked("world"), face.line("world")
-    dashed = f" Dashed: chance, {percent(chance)}." if chance is not None else ""
-    height = max(250.0, bar_height(2 * len(rows)))
-    figures = [figure("Reward", partial(draw_reward_bars, face=face), scores(rows), height)]
-    caption = (
-        "Rewards predicted right: pale while the frames are shown, solid while they are imagined. A backbone that "
-        f"remembers keeps its solid bar as long as its pale one.{whiskers(rows)}{dashed}"
-    )
-    if any(row.detail("generation_mse_curve") for row in rows):
-        alt = "Squared error of imagined frames against the number of frames imagined"
-        figures.append(figure("Error over the imagined horizon", partial(draw_horizon, face=face), alt, height))
-        caption += " The error curves: squared error per frame as imagination goes on; a flat curve forgets nothing."
-    logged = {name for row in rows for run in row.runs for entry in run.log for name in entry.get("eval") or {}}
-    name = next((n for n in ("imagination_accuracy", "inference_accuracy") if n in logged), "imagination_accuracy")
-    return [
-        Plate("What is still known when the eyes are shut", caption, tuple(figures)),
-        *curve_plates(face, "world", name),
-    ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from recollect.eval.report.data import Axis, FaceOff, Row
 from recollect.eval.report.figures import Palette, draw_curves, svg
+from recollect.eval.report.metrics import is_share, label
 from recollect.eval.report.rows import panels
 from recollect.eval.report.text import percent
 
@@ -44,11 +45,12 @@ def curve_plates(face: FaceOff, group: str, name: str) -> list[Plate]:
     """Loss and evaluation curves against steps and, where all rows share one set of axes, against seconds too."""
     rows = face.groups[group]
     shown = panels(face, rows)
+    score = "Accuracy" if is_share(name) else "Error"
     wanted: list[tuple[str, str, bool, Axis]] = [
         ("Loss by steps", "loss", False, "step"),
         ("Loss by time", "loss", False, "seconds"),
-        ("Accuracy by steps", name, True, "step"),
-        ("Accuracy by time", name, True, "seconds"),
+        (f"{score} by steps", name, True, "step"),
+        (f"{score} by time", name, True, "seconds"),
     ]
     if len(shown) > 1:
         wanted = [wanted[2], wanted[3], wanted[0]]
@@ -63,13 +65,17 @@ def curve_plates(face: FaceOff, group: str, name: str) -> list[Plate]:
                 figures.append(figure(titled(title, panel.title), draw, alt, height=height))
     if not figures:
         return []
-    what = {"accuracy": "accuracy", "imagination_accuracy": "reward accuracy in imagination"}.get(
-        name, "reward accuracy"
-    )
+    told = {
+        "accuracy": "accuracy",
+        "imagination_accuracy": "reward accuracy in imagination",
+        "inference_accuracy": "reward accuracy",
+        "generation_mse": "the error of imagined frames",
+    }
+    what = told.get(name) or label(name)
     caption = (
         f"Training loss (averaged over neighbouring steps) and {what} on held-out data, against training steps and "
         "against seconds of training. Bold: mean over seeds; thin: single seeds; dotted: a run that has not "
-        "finished; dashed grey: the same line as above."
+        f"finished{'; dashed grey: the same line as above' if face.line(group) is not None else ''}."
     )
     return [Plate("How it was learned", caption, tuple(figures))]
 

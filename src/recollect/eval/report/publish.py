@@ -26,8 +26,8 @@ def publish(directory: Path, root: Path) -> list[Path]:
     whole; or as ``write_report`` does.
     """
     face = load_faceoff(directory)
-    missing = [f"{run.row} seed {run.seed}" for run in face.runs if run.status != "finished"]
-    missing += [f"{row.name} at another learning rate" for row in face.provisional if row.score]
+    missing = [f"{run.group}/{run.row} seed {run.seed}" for run in face.runs if run.status != "finished"]
+    missing += [f"{row.group}/{row.name} at another learning rate" for row in face.provisional if row.score]
     if missing:
         raise RunError(f"{directory} is not finished ({', '.join(missing)}); run its face-off again before publishing")
     write_report(directory)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from recollect.eval.report.data import FaceOff, Row, Stat, Trial
+from recollect.eval.report.data import FaceOff, Row, Trial
+from recollect.eval.report.metrics import is_share
 from recollect.eval.report.read import load_faceoff
-from recollect.eval.report.text import ABSENT, Cell, Table, TableRow, number
+from recollect.eval.report.text import ABSENT, Cell, Table, TableRow, metric_text
 
-TITLES = {"recall": "Learning rates tried: words", "world": "Learning rates tried: worlds"}
+PLAIN = {"recall": "words", "world": "worlds"}
+"""What the groups of these names are called."""
 
 NOTE = (
-    "Mean validation score over seeds, %, and the test score beside it. Bold: the rate with the best validation, at "
+    "Mean validation score over seeds{unit}, and the test score beside it. Bold: the rate with the best validation, at "
     "which the backbone is reported; test scores take no part in the choice."
 )
 
@@ -52,9 +54,9 @@ def _table(group: str, rows: tuple[Row, ...]) -> Table:
         cells = [Cell(_cell(trials[lr]), lr == row.lr) if lr in trials else Cell(ABSENT) for lr in rates]
         lines.append(TableRow(row.name, tuple(cells)))
     pending = [f" {row.name}: {_standing(row)}." for row in rows if row.provisional]
-    return Table(
-        f"{group}-rates", TITLES[group], tuple(f"{lr:g}" for lr in rates), tuple(lines), NOTE + "".join(pending)
-    )
+    title = f"Learning rates tried: {PLAIN.get(group, group)}"
+    note = NOTE.format(unit=", %" if is_share(rows[0].headline) else "") + "".join(pending)
+    return Table(f"{group}-rates", title, tuple(f"{lr:g}" for lr in rates), tuple(lines), note)
 
 
 def _standing(row: Row) -> str:
@@ -65,15 +67,12 @@ def _standing(row: Row) -> str:
 
 
 def _cell(trial: Trial) -> str:
-    parts = [] if trial.validation is None else [_percent(trial.validation)]
+    metric = next((run.headline for run in trial.runs if run.status == "finished"), "")
+    parts = [] if trial.validation is None else [metric_text(metric, trial.validation)]
     if trial.test is not None:
-        parts.append(f"(test {number(100 * trial.test.mean, 1)})")
+        parts.append(f"(test {metric_text(metric, replace(trial.test, std=None))})")
     if trial.diverged:
         parts.append("diverged")
     elif trial.finished < len(trial.runs):
         parts.append(f"{trial.finished} of {len(trial.runs)} seeds")
     return "\u00a0".join(parts) or ABSENT
-
-
-def _percent(stat: Stat) -> str:
-    return number(100 * stat.mean, 1) + ("" if stat.std is None else f"\u00a0±\u00a0{number(100 * stat.std, 1)}")

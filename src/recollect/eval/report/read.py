@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from recollect.core.errors import RunError, nearest
-from recollect.eval.report.data import METRICS, FaceOff, Row, Run, Status, Trial, rows_of
-from recollect.train.run import rate_name
+from recollect.eval.report.data import FaceOff, Row, Run, Status, Trial, rows_of
+from recollect.eval.report.metrics import headline_of
+from recollect.train.run import FAMILIES, PLAIN_NAME, group_family, rate_name
 
 
 def load_faceoff(directory: Path) -> FaceOff:
@@ -27,16 +28,24 @@ def load_faceoff(directory: Path) -> FaceOff:
         raise RunError(f"'{directory}' holds no faceoff.json: it is not a face-off directory")
     config = _read_object(path)
     planned = _planned(config, path)
+    families = _families(config, path)
     lrs = _rates(config, path)
     groups: dict[str, tuple[Row, ...]] = {}
     for (group, name), seeds in planned.items():
-        row = _read_row(directory, group, name, seeds, lrs)
+        row = _read_row(directory, group, families[group], name, seeds, lrs)
         groups[group] = (*groups.get(group, ()), row)
-    ordered = {group: groups[group] for group in METRICS if group in groups}
+    ordered = {group: rows for family in FAMILIES for group, rows in groups.items() if families[group] == family}
     name = str(config.get("name") or directory.name)
-    face = FaceOff(directory, name, str(config.get("title") or name), ordered, _tasks(config))
+    face = FaceOff(directory, name, str(config.get("title") or name), ordered, _tasks(config, families))
     if not any(row.finished for rows in ordered.values() for row in rows):
         raise RunError(f"no run of '{path}' has finished: no results.json below '{directory}'")
+    for group, rows in ordered.items():
+        asked = sorted({run.headline for row in rows for run in row.finished})
+        if len(asked) > 1:
+            raise RunError(
+                f"'{path}': group '{group}' has no one metric to rank its rows by, but {' and '.join(asked)}; give "
+                f"each environment a group of its own"
+            )
     return face
 
 
@@ -59,17 +68,34 @@ def _planned(config: dict[str, Any], path: Path) -> dict[tuple[str, str], list[i
         if not isinstance(run, dict) or not {"group", "row"} <= run.keys():
             raise RunError(f"'{path}': run {i} names no group and row")
         group, row = str(run["group"]), str(run["row"])
-        if group not in METRICS:
-            raise RunError(f"'{path}': run {i} has unknown group '{group}'{nearest(group, METRICS)}")
+        if not PLAIN_NAME.fullmatch(group):
+            raise RunError(f"'{path}': run {i} has group '{group}', which is no folder's name")
         own.setdefault((group, row), []).append(_seed(run.get("seed", 0), path))
     shared = [_seed(seed, path) for seed in config.get("seeds") or ()]
     times = Counter({key: len(seeds) for key, seeds in own.items()})
     return {key: shared if shared and times[key] == 1 else list(dict.fromkeys(own[key])) for key in own}
 
 
-def _tasks(config: dict[str, Any]) -> tuple[str, ...]:
-    problems = [run.get("problem") or {} for run in config["runs"] if run["group"] == "recall"]
-    return tuple(dict.fromkeys(str(p["task"]["kind"]) for p in problems if "kind" in (p.get("task") or {})))
+def _families(config: dict[str, Any], path: Path) -> dict[str, str]:
+    """Group -> "recall" or "world"."""
+    families: dict[str, str] = {}
+    for i, run in enumerate(config["runs"]):
+        group = str(run["group"])
+        family = group_family(str((run.get("problem") or {}).get("kind", "")), group)
+        if family is None:
+            raise RunError(f"'{path}': run {i} has unknown group '{group}'{nearest(group, FAMILIES)}")
+        if families.setdefault(group, family) != family:
+            raise RunError(f"'{path}': group '{group}' holds recall and world problems, which cannot be compared")
+    return families
+
+
+def _tasks(config: dict[str, Any], families: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    kinds: dict[str, dict[str, None]] = {group: {} for group in families}
+    for run in config["runs"]:
+        task = (run.get("problem") or {}).get("task") or {}
+        if "kind" in task:
+            kinds[str(run["group"])][str(task["kind"])] = None
+    return {group: tuple(found) for group, found in kinds.items() if families[group] == "recall"}
 
 
 def _seed(value: Any, path: Path) -> int:
@@ -85,28 +111,28 @@ def _rates(config: dict[str, Any], path: Path) -> list[float]:
     return [float(lr) for lr in lrs]
 
 
-def _read_row(directory: Path, group: str, name: str, seeds: Sequence[int], lrs: Sequence[float]) -> Row:
+def _read_row(directory: Path, group: str, family: str, name: str, seeds: Sequence[int], lrs: Sequence[float]) -> Row:
     place = directory / group / name
     if not lrs:
-        return Row(group, name, tuple(_read_run(place, group, name, seed) for seed in seeds))
-    runs = {lr: tuple(_read_run(place / rate_name(lr), group, name, seed) for seed in seeds) for lr in lrs}
+        return Row(group, name, tuple(_read_run(place, group, family, name, seed) for seed in seeds))
+    runs = {lr: tuple(_read_run(place / rate_name(lr), group, family, name, seed) for seed in seeds) for lr in lrs}
     return Row.chosen(group, name, tuple(Trial.of(lr, found) for lr, found in runs.items()))
 
 
-def _read_run(place: Path, group: str, row: str, seed: int) -> Run:
+def _read_run(place: Path, group: str, family: str, row: str, seed: int) -> Run:
     folder = place / f"seed{seed}"
     path = folder / "results.json"
     log = _read_log(folder / "metrics.jsonl")
     status: Status = "finished" if path.is_file() else "unfinished" if log else "not started"
     if status == "unfinished" and any(folder.glob("bad_batch-*.safetensors")):
         status = "diverged"
-    results = _read_results(path, group, row, seed) if status == "finished" else {}
+    results = _read_results(path, group, family, row, seed) if status == "finished" else {}
     environment = folder / "environment.json"
     found = _read_object(environment) if environment.is_file() else {}
-    return Run(group, row, seed, folder, status, results, log, found)
+    return Run(group, family, row, seed, folder, status, results, log, found)
 
 
-def _read_results(path: Path, group: str, row: str, seed: int) -> dict[str, Any]:
+def _read_results(path: Path, group: str, family: str, row: str, seed: int) -> dict[str, Any]:
     results = _read_object(path)
     metrics = results.get("metrics")
     if not isinstance(metrics, dict) or not all(isinstance(v, (int, float)) or v is None for v in metrics.values()):
@@ -116,8 +142,8 @@ def _read_results(path: Path, group: str, row: str, seed: int) -> dict[str, Any]
     for key, expected in (("group", group), ("row", row), ("seed", seed)):
         if results.get(key, expected) != expected:
             raise RunError(f"'{path}' belongs to another run: its {key} is {results[key]!r}, not {expected!r}")
-    if METRICS[group][0] not in metrics:
-        raise RunError(f"'{path}' is damaged: metric '{METRICS[group][0]}' is missing")
+    if (headline := headline_of(family, results)) not in metrics:
+        raise RunError(f"'{path}' is damaged: metric '{headline}' is missing")
     return results
 
 

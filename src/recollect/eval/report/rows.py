@@ -1,8 +1,9 @@
 """How rows are told apart in figures: colour, marker and line, and panels where there are too many for one.
 
-Where no group has more than ten backbones each has a colour of its own. Beyond that a row's name is read as its mixer
-and what was added to it (``mamba2+window``, ``mamba-2x``): colour says what was added, marker and line say which mixer,
-and figures of bars and curves become one panel per mixer.
+Where no recall group has more than ten backbones each has a colour of its own; from the eleventh on colours come again
+with another line. In larger recall groups a name is read as its mixer and what was added to it (``mamba2+window``,
+``mamba-2x``): colour says what was added, marker and line say which mixer, and figures of bars and curves become one
+panel per mixer.
 """
 
 from __future__ import annotations
@@ -61,15 +62,15 @@ def added_to(name: str) -> str:
 
 
 def crowded(face: FaceOff) -> bool:
-    """Whether a group has more backbones than there are colours."""
-    return max(map(len, face.groups.values())) > N_COLOURS
+    """Whether a recall group has more backbones than there are colours."""
+    return max((len(face.groups[group]) for group in face.groups_of("recall")), default=0) > N_COLOURS
 
 
 def look(face: FaceOff, name: str) -> Look:
     """How one backbone is drawn, in every figure."""
     i = face.row_names.index(name)
     if not crowded(face):
-        return Look(i % N_COLOURS, MARKERS[i % len(MARKERS)], "-")
+        return Look(i % N_COLOURS, MARKERS[i % len(MARKERS)], LINES[i // N_COLOURS % len(LINES)])
     mixer = mixers(face).index(mixer_of(name))
     return Look(_colours(face)[added_to(name)], MARKERS[mixer % len(MARKERS)], LINES[mixer % len(LINES)])
 

@@ -31,9 +31,9 @@ class Place(NamedTuple):
     far: bool
 
 
-def draw_price_scatter(ax: Axes, palette: Palette, face: FaceOff, price: str) -> None:
-    """Recall accuracy against a price ("state_bytes" or "params"), up and to the left is better."""
-    rows = [row for row in face.ranked("recall") if row.field(price)]
+def draw_price_scatter(ax: Axes, palette: Palette, face: FaceOff, price: str, group: str = "recall") -> None:
+    """A group's recall accuracy against a price ("state_bytes" or "params"), up and to the left is better."""
+    rows = [row for row in face.ranked(group) if row.field(price)]
     points: list[tuple[float, float]] = []
     for row in rows:
         score, size, drawn = row.score, row.field(price), look(face, row.name)
@@ -51,7 +51,7 @@ def draw_price_scatter(ax: Axes, palette: Palette, face: FaceOff, price: str) ->
             elinewidth=1,
             zorder=3,
         )
-    line = face.line("recall")
+    line = face.line(group)
     if line is not None:
         ax.axhline(100 * line, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
     ax.set_xscale("log", base=2)

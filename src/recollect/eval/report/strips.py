@@ -1,4 +1,4 @@
-"""Filmstrips of what a world model imagined, above them what happened; and the one-picture summary for a README."""
+"""Filmstrips of what a world model imagined, above them what happened, as ``eval.imagination.Gallery`` stored them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ import numpy.typing as npt
 
 from recollect.core.errors import RunError
 from recollect.eval.report.data import FaceOff, Run
-from recollect.eval.report.figures import PRINT, draw_accuracy_bars, draw_reward_bars, require_matplotlib, settings
-from recollect.eval.report.published import published_for
-from recollect.eval.report.rows import Panel, panels
-from recollect.eval.report.text import task_name
+from recollect.eval.report.figures import require_matplotlib
 
 Frames = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.float64]
@@ -25,8 +22,8 @@ Numbers = npt.NDArray[np.float64]
 MAX_FRAMES = 10
 MAX_EPISODES = 3
 
-NAME_ROOM = 0.125
-"""Part of the summary's width that the names beside bars may take."""
+SMALL_PNG = 12_000
+"""Bytes up to which a strip is embedded as it is; a larger one that WebP makes smaller loses details nobody sees."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,29 @@ class Film:
 
 
 @dataclass(frozen=True)
-class _Arrays:
+class Stored:
+    """Some episodes of one run: frames (n, T, H, W, 3) at time indices ``steps`` (T,), and per episode the rewards, the
+    number among the test episodes and the error of a dreamed frame, as far as they were stored.
+    """
+
     truth: Frames
     imagined: Frames
     steps: npt.NDArray[np.int64]
-    reward_true: Numbers | None
-    reward_imagined: Numbers | None
+    reward_true: Numbers | None = None
+    reward_imagined: Numbers | None = None
+    number: Numbers | None = None
+    error: Numbers | None = None
 
 
-def films(face: FaceOff) -> list[Film]:
-    """Up to three evaluation episodes with what each backbone imagined, from its first finished seed.
+def films(face: FaceOff, group: str) -> list[Film]:
+    """Up to three evaluation episodes with what each backbone of a group imagined, from its first finished seed.
 
     Backbones that were shown the same episode share one film; another truth makes another film. Raises RunError naming
     an ``arrays.npz`` that is damaged.
     """
     grouped: dict[tuple[int, bytes], Film] = {}
-    for row in face.ranked("world"):
-        arrays = _load(row.finished[0])
+    for row in face.ranked(group):
+        arrays = load_stored(row.finished[0])
         if arrays is None:
             continue
         keep = np.unique(np.linspace(0, len(arrays.steps) - 1, min(MAX_FRAMES, len(arrays.steps))).round().astype(int))
@@ -71,10 +74,10 @@ def films(face: FaceOff) -> list[Film]:
             truth = arrays.truth[episode, keep]
             key = (episode, truth.tobytes() + arrays.steps.tobytes())
             if key not in grouped:
-                seen = Strip("truth", truth, _at(arrays.reward_true, episode))
+                seen = Strip("truth", truth, at(arrays.reward_true, episode))
                 grouped[key] = Film([int(step) for step in arrays.steps[keep]], [seen])
             imagined = arrays.imagined[episode, keep]
-            grouped[key].strips.append(Strip(row.name, imagined, _at(arrays.reward_imagined, episode)))
+            grouped[key].strips.append(Strip(row.name, imagined, at(arrays.reward_imagined, episode)))
     return [grouped[key] for key in sorted(grouped, key=lambda key: key[0])]
 
 
@@ -105,102 +108,51 @@ def data_uri(image: Frames) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
-    """One 1600 x 900 picture: question, answer, accuracy bars of both groups, one filmstrip of the best imagination."""
-    matplotlib = require_matplotlib()
-    strip = next(iter(films(face)), None)
-    groups = [group for group in ("recall", "world") if face.ranked(group)]
-    with matplotlib.rc_context(settings(PRINT, size=17.0)):
-        figure = matplotlib.figure.Figure(figsize=(16, 9), dpi=100, facecolor=PRINT.paper)
-        figure.text(0.025, 0.965, question, fontsize=19, va="center", color=PRINT.muted)
-        heading = figure.text(0.025, 0.908, headline, fontsize=32, va="center", color=PRINT.ink)
-        taken = heading.get_window_extent().width / (0.95 * figure.bbox.width)
-        heading.set_fontsize(32 / max(1.0, taken))
-        bottom = 0.40 if strip else 0.10
-        axes = [(group, panel) for group in groups for panel in _summary_panels(face, group)]
-        published = published_for(face.name)
-        each, most = 0.99 / len(axes), max(len(panel.rows) for _, panel in axes) if len(axes) > len(groups) else 1
-        for i, (group, panel) in enumerate(axes):
-            left = 0.135 if len(axes) < 3 else 0.02 + NAME_ROOM
-            width = 0.84 if len(axes) == 1 else each - NAME_ROOM - 0.03
-            tall = (0.77 - bottom) * min(1.0, (1 + len(panel.rows)) / (1 + most))
-            ax = figure.add_axes((left + each * i, 0.77 - tall, width, tall))
-            ax.set_title(_summary_title(face, group, panel), loc="left", pad=32, fontsize=18)
-            if group == "recall":
-                paper = published.accuracy if published else None
-                draw_accuracy_bars(ax, PRINT, face, panel, paper, all_guessers=len(axes) == 1)
-            else:
-                draw_reward_bars(ax, PRINT, face)
-            for name in ax.get_yticklabels():  # a long name must not run off the page, or into the other bars
-                room = (NAME_ROOM - 0.005) * figure.bbox.width
-                name.set_fontsize(16.0 * min(1.0, room / name.get_window_extent().width))
-        if published is not None:
-            note = f"Diamonds: {published.source}" + ("" if face.name == published.same_task else ", on larger tables")
-            figure.text(0.975, 0.855, note, fontsize=15, ha="right", color=PRINT.muted)
-        if strip:
-            _draw_film(figure, strip)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def small_uri(image: Frames) -> str:
+    """As ``data_uri``, or, for a picture that stays large as a PNG, as a WebP that looks the same."""
+    exact = data_uri(image)
+    from PIL import Image, features
+
+    if len(exact) * 3 // 4 <= SMALL_PNG or not features.check("webp"):
+        return exact
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="WEBP", quality=80, method=4)
+    lossy = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return min(exact, lossy, key=len)
 
 
-def _summary_panels(face: FaceOff, group: str) -> list[Panel]:
-    rows = face.ranked(group)
-    return panels(face, rows) if group == "recall" else [Panel("", tuple(rows))]
-
-
-def _summary_title(face: FaceOff, group: str, panel: Panel) -> str:
-    if group == "world":
-        return "Rewards: observing (pale), imagining (solid)"
-    return panel.title or f"{task_name(face).capitalize()}: values right"
-
-
-def _draw_film(figure: Any, film: Film) -> None:
-    """Truth and the best backbone's imagination, large, with the time index under every frame."""
-    shown = film.strips[:2]
-    for i, strip in enumerate(shown):
-        n_frames, height, width, _ = strip.frames.shape
-        ax = figure.add_axes((0.135, 0.185 - 0.135 * i, 0.84, 0.125))
-        image = strip_image(strip.frames)
-        ax.imshow(image, interpolation="nearest", aspect="equal", extent=(0, image.shape[1], height, 0))
-        ax.set_anchor("W")
-        ax.grid(visible=False)
-        ax.spines[:].set_visible(False)
-        gap = strip_gap(width)
-        ticks = [j * (width + gap) + width / 2 for j in range(n_frames)] if i == len(shown) - 1 else []
-        ax.set_xticks(ticks, [str(step) for step in film.steps] if ticks else [])
-        ax.set_yticks([height / 2], [strip.name])
-        ax.tick_params(length=0)
-        ax.tick_params(axis="y", labelcolor=PRINT.ink)
-
-
-def _at(values: Numbers | None, episode: int) -> float | None:
+def at(values: Numbers | None, episode: int) -> float | None:
+    """The value of one episode, where there is one."""
     return None if values is None or episode >= len(values) else float(values[episode])
 
 
-def _load(run: Run) -> _Arrays | None:
-    """The strips of one run; None where it stored none."""
+def load_stored(run: Run, kind: str = "strip") -> Stored | None:
+    """The episodes of one kind ("strip", "best", "worst", "film") of a run; None where it stored none.
+
+    Raises RunError naming an ``arrays.npz`` that is damaged.
+    """
     path = run.folder / "arrays.npz"
     if not path.is_file():
         return None
+    wanted = (f"{kind}_", "strip_step")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in stored.files if name.startswith("strip_")}
+            found = {name: stored[name] for name in stored.files if name.startswith(wanted)}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"'{path}' is damaged: {type(error).__name__}") from None
-    if "strip_truth" not in found:
-        return None
-    return _checked(found, path)
+    return _checked(found, kind, path) if f"{kind}_truth" in found else None
 
 
-def _checked(found: dict[str, npt.NDArray[Any]], path: Path) -> _Arrays:
-    truth, imagined, steps = found["strip_truth"], found.get("strip_imagined"), found.get("strip_step")
+def _checked(found: dict[str, npt.NDArray[Any]], kind: str, path: Path) -> Stored:
+    truth, imagined = found[f"{kind}_truth"], found.get(f"{kind}_imagined")
+    steps = found.get(f"{kind}_step", found.get("strip_step"))
     if imagined is None or steps is None:
-        raise RunError(f"'{path}' is damaged: it holds strip_truth without strip_imagined and strip_step")
+        raise RunError(f"'{path}' is damaged: it holds {kind}_truth without {kind}_imagined and {kind}_step")
     good = truth.ndim == 5 and truth.shape[-1] == 3 and truth.dtype == np.uint8 and truth.size > 0
     if not good or imagined.shape != truth.shape or imagined.dtype != np.uint8 or steps.shape != truth.shape[1:2]:
         raise RunError(
             f"'{path}' is damaged: strips are not uint8 frames (n, T, H, W, 3) with one step index per frame"
         )
-    rewards = [None if (r := found.get(f"strip_reward_{key}")) is None else r.ravel() for key in ("true", "imagined")]
-    return _Arrays(truth, imagined, steps, *rewards)
+    keys = ("reward_true", "reward_imagined", "number", "error")
+    facts = [None if (r := found.get(f"{kind}_{key}")) is None else r.ravel() for key in keys]
+    return Stored(truth, imagined, steps, *facts)

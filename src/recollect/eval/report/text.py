@@ -1,39 +1,25 @@
-"""What a report says in words and tables, computed from the numbers: verdicts, sentences, cells.
-
-The HTML page, the terminal and the README all print the same ``Table``s and sentences.
-"""
+"""What a report says in words, computed from the numbers: verdicts, sentences, and how a number is written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from recollect.eval.report.data import LOWER_IS_BETTER, METRICS, FaceOff, Row, Stat
-from recollect.eval.report.published import published_for, published_note
+from recollect.eval.report.data import FaceOff, Row, Stat
+from recollect.eval.report.metrics import REWARDS, is_share, label, lower_is_better
 
 ABSENT = "-"
 
 TIE = 0.01
 """Two accuracies closer than this, or than the sum of their standard deviations, are called level."""
 
+RELATIVE_TIE = 0.05
+"""The same for errors, as a share of the smaller one."""
+
 MARGIN = 0.05
 """A row is above chance or above the context-blind oracle when its mean less one deviation clears it by this much."""
-
-LABELS = {
-    "accuracy": "accuracy, %",
-    "accuracy_largest": "largest table, %",
-    "all_correct": "whole tables right, %",
-    "binding_gap": "binding gap, %",
-    "imagination_accuracy": "reward, imagining, %",
-    "inference_accuracy": "reward, observing, %",
-    "reconstruction_mse": "reconstruction error",
-    "generation_mse": "generation error",
-}
-
-LEVELS = (0.5, 0.9)
-"""Accuracies on held-out data whose first step is tabulated."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +111,47 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
-def task_name(face: FaceOff) -> str:
-    """What the recall rows are trained on: "joint recall"; "recall" where runs differ or do not say."""
-    return face.tasks[0].replace("-", " ") if len(face.tasks) == 1 else "recall"
+def metric_text(metric: str, stat: Stat | None) -> str:
+    """Mean and, over several seeds, its deviation: "97.1 ± 0.4" of a share, three digits of an error, else one."""
+    if stat is None:
+        return ABSENT
+    if is_share(metric):
+        return number(100 * stat.mean, 1) + ("" if stat.std is None else f"\u00a0±\u00a0{number(100 * stat.std, 1)}")
+    if lower_is_better(metric):
+        return significant(stat.mean) + ("" if stat.std is None else f"\u00a0±\u00a0{significant(stat.std)}")
+    return number(stat.mean, 1) + ("" if stat.std is None else f"\u00a0±\u00a0{number(stat.std, 1)}")
+
+
+def task_name(face: FaceOff, group: str | None = None) -> str:
+    """What a group's recall rows are trained on: "joint recall"; "recall" where runs differ or do not say.
+
+    None: the first recall group.
+    """
+    tasks = face.tasks.get(group or next(iter(face.groups_of("recall")), ""), ())
+    return tasks[0].replace("-", " ") if len(tasks) == 1 else "recall"
 
 
 def group_title(face: FaceOff, group: str) -> str:
     """The heading of a group's table."""
-    return f"Words: {task_name(face)}" if group == "recall" else "Worlds: reward and frames in imagination"
+    family = face.family(group)
+    own = group if len(face.groups_of(family)) > 1 or group != family else ""
+    if family == "recall":
+        task = task_name(face, group)
+        return f"Words: {own}, {task}" if own and task.replace(" ", "-") != own else f"Words: {task}"
+    return f"Worlds: {own}" if own else "Worlds: reward and frames in imagination"
 
 
-def guesser_phrase(face: FaceOff) -> str:
+def chapter_title(face: FaceOff, group: str) -> str:
+    """The heading of a group's figures: "Worlds", and which one where there are several or it has a name."""
+    family = face.family(group)
+    plain = "Words" if family == "recall" else "Worlds"
+    return plain if group == family and len(face.groups_of(family)) == 1 else f"{plain}: {group}"
+
+
+def guesser_phrase(face: FaceOff, group: str | None = None) -> str:
     """The guesser that recall is held against, in words."""
-    name = face.guesser[0] if face.guesser else "context-blind"
+    guesser = face.guesser_of(group)
+    name = guesser[0] if guesser else "context-blind"
     return "a guesser that ignores the context" if name == "context-blind" else f"the guesser '{name}'"
 
 
@@ -155,24 +169,28 @@ def verdict(face: FaceOff, group: str) -> Verdict | None:
     ranked = face.ranked(group)
     if not ranked:
         return None
-    best, line = _score(ranked[0]), face.line(group)
-    leaders = tuple(row for row in ranked if _level(best, _score(row)))
+    best, line, metric = _score(ranked[0]), face.line(group), face.headline(group)
+    leaders = tuple(row for row in ranked if _level(best, _score(row), metric))
     below = tuple(row for row in ranked if line is not None and _score(row).low <= line + MARGIN)
     return Verdict(leaders, tuple(row for row in ranked if row not in leaders), ranked[0] not in below, below)
 
 
 def answer(face: FaceOff) -> list[str]:
-    """The shortest true answer to "which backbone remembers?", one sentence per group, or one where they agree."""
-    found = {group: verdict(face, group) for group in METRICS}
-    names = {group: _names(v.leaders) if v.clears else "none yet" for group, v in found.items() if v is not None}
-    if len(names) == 2 and names["recall"] == names["world"]:
-        return [f"In words and in worlds, {names['recall']}."]
-    return [f"In {'words' if group == 'recall' else 'worlds'}, {name}." for group, name in names.items()]
+    """The shortest true answer to "which backbone remembers?", one sentence per family, or one where they agree."""
+    found = {group: v for group in face.groups if (v := verdict(face, group)) is not None}
+    said: dict[str, str] = {}
+    for family, where in (("recall", "words"), ("world", "worlds")):
+        groups = {group: found[group] for group in face.groups_of(family) if group in found}
+        if groups:
+            said[where] = _leading(groups)
+    if len(said) == 2 and said["words"] == said["worlds"]:
+        return [f"In words and in worlds, {said['words']}."]
+    return [f"In {where}, {names}." for where, names in said.items()]
 
 
 def sentences(face: FaceOff) -> list[str]:
     """The headline in paragraphs: one per group (who leads, by how much, at what price), then what is still missing."""
-    said = [" ".join(found) for group in METRICS if (found := _group_sentences(face, group))]
+    said = [" ".join(found) for group in face.groups if (found := _group_sentences(face, group))]
     notes: list[str] = []
     unfinished = [run for run in face.runs if run.status != "finished"]
     if unfinished:
@@ -182,54 +200,21 @@ def sentences(face: FaceOff) -> list[str]:
     return [*said, " ".join(notes)] if notes else said
 
 
-def table(face: FaceOff, group: str) -> Table:
-    """The results table of one group: rows best first, then reference lines, then rows without results."""
-    ranked = face.ranked(group)
-    metrics = [m for i, m in enumerate(METRICS[group]) if i == 0 or any(row.metric(m) for row in ranked)]
-    bests = {metric: _best(ranked, metric) for metric in metrics}
-    costs: list[tuple[str, Callable[[Row], str]]] = [
-        ("parameters", lambda row: human_count(row.field("params"))),
-        ("state", lambda row: human_bytes(row.field("state_bytes"))),
-        ("steps", lambda row: human_count(row.field("steps"))),
-        *_reached(ranked),
-        ("time", lambda row: human_seconds(row.field("wall_s"))),
-        ("steps/s", lambda row: ABSENT if row.steps_per_s is None else significant(row.steps_per_s)),
-        ("seeds", lambda row: f"{len(row.finished)} of {len(row.runs)}"),
-    ]
-    if any(_budget(row) != ABSENT for row in ranked):
-        costs.insert(2, ("keys per query", _budget))
-    published = published_for(face.name) if group == "recall" else None
-    if published is not None:
-        paper = published.accuracy
-        costs.insert(0, ("published, %", lambda row: f"{100 * paper[row.name]:.1f}" if row.name in paper else ABSENT))
-    rows: list[TableRow] = []
-    for row in ranked:
-        cells = [
-            Cell(_metric_text(metric, stat := row.metric(metric)), _same(stat, bests[metric])) for metric in metrics
-        ]
-        rows.append(TableRow(row.name, (*cells, *(Cell(text(row)) for _, text in costs))))
-    blank = len(metrics) + len(costs)
-    for name, values in _lines(face, group):
-        cells = [Cell(f"{100 * values[m]:.1f}" if m in values else "") for m in metrics]
-        rows.append(TableRow(name, (*cells, *[Cell()] * (blank - len(cells))), "line"))
-    waiting = face.waiting(group)
-    rows += [TableRow(row.name, (Cell(_progress(row)), *[Cell()] * (blank - 1)), "waiting") for row in waiting]
-    note = _note(ranked) + (
-        " Errors: squared, summed over the pixels of a frame; less is better." if group == "world" else ""
-    )
-    if published is not None:
-        note += f" {published_note(face.name)}"
-    if any(name.startswith("steps to") for name, _ in costs):
-        note += (
-            " Steps to: first evaluation during training at or above that accuracy, mean of the seeds that got there."
-        )
-    columns = (*(LABELS[metric] for metric in metrics), *(name for name, _ in costs))
-    return Table(group, group_title(face, group), columns, tuple(rows), note)
-
-
-def tables(face: FaceOff) -> list[Table]:
-    """The results table of every group."""
-    return [table(face, group) for group in face.groups]
+def _leading(found: Mapping[str, Verdict]) -> str:
+    """Who leads one group, or leads most of several."""
+    if len(found) == 1:
+        (only,) = found.values()
+        return _names(only.leaders) if only.clears else "none yet"
+    wins: dict[str, int] = {}
+    for each in found.values():
+        for row in each.leaders if each.clears else ():
+            wins[row.name] = wins.get(row.name, 0) + 1
+    if not wins:
+        return "none yet"
+    most = max(wins.values())
+    names = [name for name, n in wins.items() if n == most]
+    verb = "leads or is level" if len(names) == 1 else "lead or are level"
+    return f"{listed(names)} {verb} in {most} of {len(found)}"
 
 
 def _score(row: Row) -> Stat:
@@ -238,8 +223,9 @@ def _score(row: Row) -> Stat:
     return score
 
 
-def _level(best: Stat, other: Stat) -> bool:
-    return best.mean - other.mean <= max(TIE, (best.std or 0.0) + (other.std or 0.0))
+def _level(best: Stat, other: Stat, metric: str) -> bool:
+    tie = RELATIVE_TIE * abs(best.mean) if lower_is_better(metric) else TIE
+    return abs(best.mean - other.mean) <= max(tie, (best.std or 0.0) + (other.std or 0.0))
 
 
 def _names(rows: Sequence[Row]) -> str:
@@ -250,11 +236,12 @@ def _group_sentences(face: FaceOff, group: str) -> list[str]:
     found = verdict(face, group)
     if found is None:
         return []
-    line = face.line(group)
+    if not is_share(face.headline(group)):
+        return [_error_sentence(face, group, found), *_state_sentence(face.ranked(group), found.leaders)]
+    line, family = face.line(group), face.family(group)
     best = found.leaders[0]
-    task = f"On {task_name(face)}" if group == "recall" else "Asked for the reward after imagining the way to it"
-    unit = "of the values" if group == "recall" else "of the rewards"
-    reference = guesser_phrase(face) if group == "recall" else "chance"
+    task, unit = _task_and_unit(face, group)
+    reference = guesser_phrase(face, group) if family == "recall" else "chance"
     against = f"; {reference} gets {percent(line)}" if line is not None else ""
     if not found.clears:
         first = f"{task}, no backbone remembers yet: {best.name}, the best, gets {_spread(_score(best))} {unit} right"
@@ -276,6 +263,34 @@ def _group_sentences(face: FaceOff, group: str) -> list[str]:
     return [*said, *_state_sentence(face.ranked(group), found.leaders)]
 
 
+def _task_and_unit(face: FaceOff, group: str) -> tuple[str, str]:
+    """How a sentence on shares begins, and what they are shares of."""
+    family, metric = face.family(group), face.headline(group)
+    named = chapter_title(face, group).partition(": ")[2]
+    if family == "recall":
+        return f"On {named or task_name(face, group)}", "of the values"
+    if metric not in REWARDS:
+        return f"In {group}", f"({label(metric)})"
+    asked = "asked for the reward after imagining the way to it"
+    return f"In {named}, {asked}" if named else asked.capitalize(), "of the rewards"
+
+
+def _error_sentence(face: FaceOff, group: str, found: Verdict) -> str:
+    """Who errs least; ``generation_mse`` is called by what it is, other errors by their name."""
+    metric, best = face.headline(group), found.leaders[0]
+    what = "per imagined frame" if metric == "generation_mse" else f"({label(metric)})"
+    if len(found.leaders) > 1:
+        low, high = _score(best).mean, max(_score(row).mean for row in found.leaders)
+        first = f"{_names(found.leaders)} are level, at {significant(low)} to {significant(high)} {what}"
+    else:
+        first = f"{best.name} errs by {metric_text(metric, _score(best))} {what}"
+    if found.others:
+        first += f", {found.others[0].name} by {significant(_score(found.others[0]).mean)}"
+        if len(found.others) > 1:
+            first += f" and the last, {found.others[-1].name}, by {significant(_score(found.others[-1]).mean)}"
+    return f"In {group}, {first}."
+
+
 def _state_sentence(ranked: Sequence[Row], leaders: Sequence[Row]) -> list[str]:
     """What the most frugal leader carries against the row with the largest state."""
     sizes = {row.name: size for row in ranked if (size := row.field("state_bytes")) is not None}
@@ -295,74 +310,6 @@ def _spread(stat: Stat) -> str:
     return f"{number(100 * stat.mean, 1)}\u00a0±\u00a0{number(100 * stat.std, 1)}\u00a0%"
 
 
-def _metric_text(metric: str, stat: Stat | None) -> str:
-    if stat is None:
-        return ABSENT
-    if metric in LOWER_IS_BETTER:
-        return significant(stat.mean) + ("" if stat.std is None else f"\u00a0±\u00a0{significant(stat.std)}")
-    return number(100 * stat.mean, 1) + ("" if stat.std is None else f"\u00a0±\u00a0{number(100 * stat.std, 1)}")
-
-
-def _best(rows: Sequence[Row], metric: str) -> float | None:
-    means = [stat.mean for row in rows if (stat := row.metric(metric))]
-    if len(means) < 2:
-        return None
-    return min(means) if metric in LOWER_IS_BETTER else max(means)
-
-
-def _same(stat: Stat | None, best: float | None) -> bool:
-    return stat is not None and best is not None and stat.mean == best
-
-
-def _lines(face: FaceOff, group: str) -> list[tuple[str, dict[str, float]]]:
-    """Reference lines under a table: the oracles of recall, the chance of worlds."""
-    if group == "recall":
-        return [(name, {"accuracy": value}) for name, value in face.oracles().items()]
-    chance = face.line(group)
-    return [] if chance is None else [("chance", {"imagination_accuracy": chance, "inference_accuracy": chance})]
-
-
-def _budget(row: Row) -> str:
-    """Most keys one query may read: "all" without a bound (null in the results), a dash without any attention (0)."""
-    found = [run.results["details"]["key_budget"] for run in row.finished if "key_budget" in run.results["details"]]
-    return (
-        ", ".join(dict.fromkeys("all" if keys is None else str(keys) if keys else ABSENT for keys in found)) or ABSENT
-    )
-
-
-def _reached(ranked: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """A column for every level that some row of recall reached."""
-    if not ranked or ranked[0].group != "recall":
-        return []
-
-    def column(level: float) -> Callable[[Row], str]:
-        def text(row: Row) -> str:
-            found = steps_to(row, level)
-            if found is None:
-                return ABSENT
-            share = f" ({found[1]} of {len(row.finished)})" if found[1] < len(row.finished) else ""
-            return human_count(found[0]) + share
-
-        return text
-
-    levels = [level for level in LEVELS if any(steps_to(row, level) for row in ranked)]
-    return [(f"steps to {100 * level:.0f}\u00a0%", column(level)) for level in levels]
-
-
-def _progress(row: Row) -> str:
-    return "; ".join(describe_unfinished(run.status, run.seed, run.last_step) for run in row.runs)
-
-
 def describe_unfinished(status: str, seed: int, last_step: int) -> str:
     """Where a run stands, as in "seed 1: unfinished, at step 130"."""
     return f"seed {seed}: {status}" + (f", at step {last_step}" if status == "unfinished" and last_step else "")
-
-
-def _note(ranked: Sequence[Row]) -> str:
-    counts = sorted({len(row.finished) for row in ranked})
-    if not counts:
-        return "No run of this group has finished."
-    if counts == [1]:
-        return "One seed per row, so no spread is given. Best in bold. State: bytes carried per sequence."
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Mean ± sample standard deviation over {seeds} seeds. Best in bold. State: bytes carried per sequence."

@@ -34,21 +34,21 @@ from recollect.eval.report.text import guesser_phrase, percent
 NEEDED = "Is the needed key among those read?"
 
 
-def recall_plates(face: FaceOff) -> list[Plate]:
+def recall_plates(face: FaceOff, group: str) -> list[Plate]:
     """Every plate of the chapter that the runs give data for."""
-    rows = face.ranked("recall")
+    rows = face.ranked(group)
     plates = [
-        *_score_plates(face, rows),
+        *_score_plates(face, group, rows),
         *_gap_plates(face, rows),
-        *_map_plates(face, rows),
+        *_map_plates(face, group, rows),
         *_whole_plates(face, rows),
     ]
-    return [*plates, *curve_plates(face, "recall", "accuracy"), *_attended_plates(face, rows)]
+    return [*plates, *curve_plates(face, group, "accuracy"), *_attended_plates(face, rows)]
 
 
-def _score_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
-    line, published = face.line("recall"), published_for(face.name)
-    dashed = f" Dashed: {guesser_phrase(face)}, {percent(line)}." if line is not None else ""
+def _score_plates(face: FaceOff, group: str, rows: Sequence[Row]) -> list[Plate]:
+    line, published = face.line(group), published_for(face.name)
+    dashed = f" Dashed: {guesser_phrase(face, group)}, {percent(line)}." if line is not None else ""
     shown = panels(face, rows)
     bars = tuple(
         figure(
@@ -63,7 +63,7 @@ def _score_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
     scatters = tuple(
         figure(
             f"Accuracy against {name}",
-            partial(draw_price_scatter, face=face, price=price),
+            partial(draw_price_scatter, face=face, price=price, group=group),
             f"Accuracy against {name}, one labelled point per backbone",
             height,
             width=width,
@@ -99,7 +99,7 @@ def _gap_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
     return [Plate("How much of it is bound to its context", caption, figures)] if figures else []
 
 
-def _map_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
+def _map_plates(face: FaceOff, group: str, rows: Sequence[Row]) -> list[Plate]:
     celled = [row for row in rows if row.detail("cells")]
     if not celled:
         return []
@@ -121,7 +121,7 @@ def _map_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
     plates = [
         Plate("Where it breaks: accuracy by table size", caption, tuple(drawn(row, None) for row in celled), form)
     ]
-    pairs = differences(face)
+    pairs = differences(face, group)
     if pairs:
         caption = (
             "The best row of each mixer that adds attention, less the mixer alone, in points of accuracy: blue where "

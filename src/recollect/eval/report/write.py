@@ -5,7 +5,8 @@
 - ``report.html``: everything, in one file that needs no network;
 - ``report.json``: the same data;
 - ``rows.json``: the published rows (``result_rows``);
-- ``summary.png``: one 1600 x 900 picture.
+- ``summary.png``: one 1600 x 900 picture;
+- ``dreams-GROUP.webp``: for every world whose runs stored films, the truth and every dream side by side.
 
 Every sentence is computed from the numbers. Nothing is written before everything has been rendered, and each file is
 written beside its place and then renamed, so a reader never meets half a file. Cost: seconds;
@@ -15,6 +16,7 @@ half a minute for two dozen rows.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -27,21 +29,16 @@ from rich.text import Text
 
 from recollect.core.errors import RecollectError
 from recollect.core.files import write_atomically
-from recollect.eval.report.data import (
-    METRICS,
-    FaceOff,
-    Row,
-    binned,
-    mean_table,
-    plain,
-    rows_of,
-)
-from recollect.eval.report.page import chapters, provenance, reels
-from recollect.eval.report.published import published_for
+from recollect.eval.report.animation import Animation, animation
+from recollect.eval.report.browse import most_episodes
+from recollect.eval.report.data import FaceOff, Row, binned, mean_table, plain, rows_of
+from recollect.eval.report.page import chapters, provenance
+from recollect.eval.report.published import published_for, published_worlds
 from recollect.eval.report.rates import rate_data, rate_tables
 from recollect.eval.report.read import load_faceoff, result_rows
-from recollect.eval.report.strips import films, summary_png
-from recollect.eval.report.text import LEVELS, Table, answer, sentences, steps_to, tables
+from recollect.eval.report.summary import summary_png
+from recollect.eval.report.tables import LEVELS, frame_tables, tables
+from recollect.eval.report.text import Table, answer, sentences, steps_to
 
 __all__ = ["answer_of", "markdown_tables", "result_rows", "terminal_table", "write_report"]
 
@@ -53,11 +50,24 @@ TERMINAL_COLUMNS = {
     "whole tables right, %": "whole, %",
     "reward, imagining, %": "imagining, %",
     "reward, observing, %": "observing, %",
+    "generation error": "dream",
+    "doors, %": "doors, %",
+    "walls probed, %": "walls, %",
+    "objects probed, squared error": "objects",
+    "published: reward, imagining, %": "paper, %",
+    "published: generation error": "paper",
+    "published: walls probed, %": "paper, %",
     "state": "state",
     "time": "time",
     "seeds": "seeds",
 }
 """The columns a terminal of 80 has room for, and what they are called there."""
+
+FIRST_ONLY = ("generation error",)
+"""Shown there only where it ranks the rows."""
+
+COSTS = ("state", "seeds")
+"""A table without these is a small one, and has room for all its columns."""
 
 
 def write_report(directory: Path) -> Path:
@@ -67,11 +77,13 @@ def write_report(directory: Path) -> Path:
     something in it is damaged, or no run has finished; RecollectError without the extra ``report``.
     """
     face = load_faceoff(directory)
+    moving = {group: found for group in face.groups_of("world") if (found := animation(face, group)) is not None}
     files = {
-        "report.html": _page(face).encode(),
+        "report.html": _page(face, moving).encode(),
         "report.json": _json(_data(face)),
         "rows.json": _json(rows_of(face)),
         "summary.png": summary_png(face, QUESTION, " ".join(answer(face))),
+        **{found.name: found.content for found in moving.values()},
     }
     for name, content in files.items():
         write_atomically(face.directory / name, content)
@@ -94,7 +106,7 @@ def answer_of(directory: Path) -> str:
     return " ".join(answer(load_faceoff(directory)))
 
 
-def _page(face: FaceOff) -> str:
+def _page(face: FaceOff, moving: Mapping[str, Animation]) -> str:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
@@ -106,30 +118,34 @@ def _page(face: FaceOff) -> str:
         question=QUESTION,
         answer=answer(face),
         sentences=sentences(face),
-        tables=[*tables(face), *rate_tables(face)],
-        chapters=chapters(face),
-        reels=reels(films(face)),
+        tables=[*tables(face), *frame_tables(face), *rate_tables(face)],
+        chapters=(made := chapters(face, moving)),
+        episodes=max((most_episodes(chapter.browsers) for chapter in made), default=0),
         provenance=provenance(face),
     )
 
 
 def _data(face: FaceOff) -> dict[str, Any]:
     """Everything on the page as JSON data."""
+    chances = [line for group in face.groups_of("world") if (line := face.line(group)) is not None]
+    worlds = {group: published_worlds(face.environment(group)) for group in face.groups_of("world")}
     return {
         "name": face.name,
         "title": face.title,
         "answer": " ".join(answer(face)),
         "sentences": sentences(face),
-        "lines": {"oracles": face.oracles(), "chance": face.line("world") if "world" in face.groups else None},
+        "lines": {"oracles": face.oracles(), "chance": next(iter(chances), None)},
         "groups": {group: [_row_data(row) for row in rows] for group, rows in face.groups.items()},
         "provenance": provenance(face),
         "rows": rows_of(face),
         "published": None if (paper := published_for(face.name)) is None else asdict(paper),
+        "published_worlds": {group: asdict(found) for group, found in worlds.items() if found is not None},
+        "headlines": {group: face.headline(group) for group in face.groups},
     }
 
 
 def _row_data(row: Row) -> dict[str, Any]:
-    shown = {name: row.metric(name) for name in METRICS[row.group]}
+    every = {name: row.metric(name) for name in row.reported}
     names = {name for run in row.runs for line in run.log for name in line.get("eval") or {}}
     curves = {"loss": row.mean_curve("loss", "step")}
     curves |= {f"eval.{name}": row.mean_curve(name, "step", evaluation=True) for name in sorted(names)}
@@ -137,7 +153,7 @@ def _row_data(row: Row) -> dict[str, Any]:
         "row": row.name,
         **rate_data(row),
         "runs": [{"seed": run.seed, "status": run.status, "last_step": run.last_step} for run in row.runs],
-        "metrics": {name: {"mean": s.mean, "std": s.std, "n": s.n} for name, s in shown.items() if s is not None},
+        "metrics": {name: {"mean": s.mean, "std": s.std, "n": s.n} for name, s in every.items() if s is not None},
         "params": row.field("params"),
         "state_bytes": row.field("state_bytes"),
         "steps": row.field("steps"),
@@ -154,10 +170,14 @@ def _row_data(row: Row) -> dict[str, Any]:
 def _rich(table: Table) -> Group:
     shown = RichTable(title=Text(f"\n{table.title}", style="bold"), box=box.SIMPLE_HEAD, title_justify="left")
     shown.add_column("backbone", min_width=min(24, max((len(row.name) for row in table.rows), default=0)))
-    left_out = {"time", "seeds"} if "published, %" in table.columns else set[str]()
-    kept = [i for i, name in enumerate(table.columns) if name in TERMINAL_COLUMNS and name not in left_out]
+    kept = [i for i, name in enumerate(table.columns) if name in TERMINAL_COLUMNS and not (i and name in FIRST_ONLY)]
+    if len(kept) > 5 or "published, %" in table.columns:
+        kept = [i for i in kept if table.columns[i] not in ("time", "seeds")]
+    if not any(name in COSTS for name in table.columns) and len(table.columns) < 6:
+        kept = list(range(len(table.columns)))
     for i in kept:
-        shown.add_column(TERMINAL_COLUMNS[table.columns[i]], justify="right", no_wrap=True)
+        name = table.columns[i]
+        shown.add_column(TERMINAL_COLUMNS.get(name, name), justify="right", no_wrap=name in TERMINAL_COLUMNS)
     for row in table.rows:
         if row.form != "waiting":
             cells = [Text(row.cells[i].text, style="bold" if row.cells[i].best else "") for i in kept]
