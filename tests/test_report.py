@@ -254,6 +254,9 @@ def test_headline_follows_the_numbers(tmp_path: Path) -> None:
     short, long = said("level", {**RECALL, "s4": (0.97, 0.97)}, {"gru<b>": (0.52, 0.54), "mamba2": (0.50, 0.5)})
     assert short == "In words, mamba2+hax and s4. In worlds, none yet."
     assert "mamba2+hax and s4 are level" in long
+
+    short, long = said("scattered", {**RECALL, "s4": (0.99, 0.5)}, {"gru<b>": (0.52, 0.54), "mamba2": (0.50, 0.5)})
+    assert short == "In words, mamba2+hax. In worlds, none yet."
     assert (
         "no backbone remembers yet: gru<b>, the best, gets 53.0 ± 1.4 % of the rewards right; chance gets 50.0 %"
         in long

@@ -59,7 +59,7 @@ def recall_rows() -> tuple[RunConfig, ...]:
     The rows of the recall lab at its smallest scale; ``hax-published`` is the paper's layer, ``hax`` ours.
     """
     names = ("mamba2", "mamba2-2x", "mamba2+window", "mamba2+hax-published", "mamba2+hax", "mamba2+full")
-    return small(5, steps=1000).runs("demo", names)
+    return small(5, steps=1600).runs("demo", names)
 
 
 def world_rows() -> tuple[RunConfig, ...]:

@@ -15,8 +15,8 @@ from recollect.eval.report.published import published_for, published_note
 
 ABSENT = "-"
 
-TIE = 0.01
-"""Two accuracies closer than this, or than the sum of their standard deviations, are called level."""
+TIE = 0.02
+"""Accuracies within this of the best one, or within its standard deviation, are called level with it."""
 
 MARGIN = 0.05
 """A row is above chance or above the context-blind oracle when its mean less one deviation clears it by this much."""
@@ -239,7 +239,8 @@ def _score(row: Row) -> Stat:
 
 
 def _level(best: Stat, other: Stat) -> bool:
-    return best.mean - other.mean <= max(TIE, (best.std or 0.0) + (other.std or 0.0))
+    # The other's spread does not count: a row whose seeds scatter is not level with one whose seeds agree.
+    return best.mean - other.mean <= max(TIE, best.std or 0.0)
 
 
 def _names(rows: Sequence[Row]) -> str:
