@@ -318,6 +318,17 @@ def test_curves_join_a_resumed_log_and_forgive_a_cut_line(fresh: Path) -> None:
         load_faceoff(fresh)
 
 
+def test_curves_of_validations_end_with_the_last_step_and_not_before_its_test(fresh: Path) -> None:
+    path = fresh / "recall" / "s4" / "seed0" / "metrics.jsonl"
+    scores = [(2, "valid", 0.3), (4, "valid", 0.5), (4, "test", 0.9)]
+    lines = [{"step": 4, "loss": 1.0}, *({"step": n, "split": s, "eval": {"accuracy": a}} for n, s, a in scores)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = next(run for run in load_faceoff(fresh).runs if run.row == "s4" and run.seed == 0)
+    steps, accuracy = run.curve("accuracy", "step", evaluation=True)
+    assert (steps.tolist(), accuracy.tolist()) == ([2.0, 4.0], [0.3, 0.5])
+    assert run.curve("loss", "step")[1].tolist() == [1.0]
+
+
 def test_mean_of_curves_interpolates_inside_the_common_range() -> None:
     x, y = mean_of_curves([(np.array([0.0, 2.0, 4.0]), np.array([0.0, 2.0, 4.0])), (np.array([1.0, 4.0]), np.ones(2))])
     assert x.tolist() == [1.0, 2.0, 4.0]
