@@ -1,6 +1,6 @@
 """The theory beside measurements: what the hand-built model costs, and what a bounded state can know at most.
 
-    python bench/bench_theory.py [OUTPUT.json] [--publish .] [--results results/demo.json] [--only bound|cost]
+    python bench/bench_theory.py [OUTPUT.json] [--publish .] [--results results/recall-mini.json] [--only bound|cost]
 
 *cost* builds ``models.constructed`` for growing tables, checks its answers, and times it: the least processor time of
 several runs in float32, one thread. *bound* draws ``eval.counting.accuracy_bound`` with the recall rows of a results
@@ -23,7 +23,8 @@ import torch
 
 from recollect.core.files import write_atomically
 from recollect.eval.counting import accuracy_bound, table_bits
-from recollect.eval.report.figures import MARKERS, PRINT, require_matplotlib, settings
+from recollect.eval.report.figures import PRINT, require_matplotlib, settings
+from recollect.eval.report.rows import MARKERS
 from recollect.models.constructed import ConstructedRecall
 from recollect.tasks import JointRecall
 from recollect.tasks.batch import accuracy
@@ -133,17 +134,15 @@ def draw_bound(results: Path, path: Path) -> None:
     metric = "accuracy_largest" if all("accuracy_largest" in row["metrics"] for row in rows) else "accuracy"
     of = "on the largest tables of its task" if metric == "accuracy_largest" else "over all sizes of its task"
     with matplotlib.rc_context(settings(PRINT, 12)):
-        figure = matplotlib.figure.Figure(figsize=(12, 6.6), facecolor="white")
-        ax = figure.add_axes((0.07, 0.23, 0.91, 0.68))
+        figure = matplotlib.figure.Figure(figsize=(13.5, 6.6), facecolor="white")
+        ax = figure.add_axes((0.06, 0.23, 0.72, 0.68))
         most = max((8 * row["state_bytes"] for row in rows), default=1 << 17)
         bits = np.geomspace(4, 4 * max(most, 1 << 17), 600)
         for (n_contexts, n_keys), colour in zip(BOUND_SIZES, ("#7f9db9", "#4f7ca8", "#1d4e7f"), strict=True):
             needed = table_bits(n_contexts * n_keys, N_VALUES)
             ax.plot(bits, 100 * accuracy_bound(bits, n_contexts * n_keys, N_VALUES), color=colour)
             name = f"{n_contexts} x {n_keys}\n{needed:,.0f} bits"
-            ax.annotate(
-                name, (needed, 100), (0, 6), textcoords="offset points", ha="center", color=colour, fontsize=10.5
-            )
+            ax.annotate(name, (needed, 100), (0, 6), textcoords="offset points", ha="center", color=colour, fontsize=9)
             ax.plot(needed, 100, "|", color=colour, ms=12)
         ax.axhline(100 / N_VALUES, color=PRINT.muted, linewidth=1, linestyle=(0, (4, 3)))
         ax.annotate("chance", (bits[-1], 100 / N_VALUES), (0, 4), textcoords="offset points", ha="right")
@@ -152,7 +151,14 @@ def draw_bound(results: Path, path: Path) -> None:
             colour, marker = PRINT.rows[i % len(PRINT.rows)], MARKERS[i % len(MARKERS)]
             label = f"{row['row']}  {y:.0f} %"
             ax.errorbar(x, y, yerr=error, fmt=marker, color=colour, ms=8, elinewidth=1, zorder=3, label=label)
-        ax.legend(loc="lower left", bbox_to_anchor=(0.43, 0.28), frameon=False, title=f"measured, {results.stem}")
+        ax.legend(
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.1),
+            frameon=False,
+            fontsize=9.5,
+            labelspacing=0.35,
+            title=f"measured, {results.stem}",
+        )
         ax.set_xscale("log", base=2)
         ticks = [1 << i for i in range(2, int(np.log2(bits[-1])) + 1, 2)]
         ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=20)
@@ -180,7 +186,7 @@ def main() -> None:
     """Measure, print, draw, publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", nargs="?", type=Path, help="JSON file to write the measured rows to")
-    parser.add_argument("--results", type=Path, default=Path("results/demo.json"))
+    parser.add_argument("--results", type=Path, default=Path("results/recall-mini.json"))
     parser.add_argument("--publish", type=Path, metavar="ROOT", help="write pictures and table below ROOT/docs")
     parser.add_argument("--only", choices=("bound", "cost"))
     args = parser.parse_args()

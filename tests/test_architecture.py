@@ -170,3 +170,29 @@ def test_nothing_unpickles() -> None:
         assert "pickle.load" not in text, path
         assert "torch.load(" not in text, path
         assert "allow_pickle=True" not in text, path
+
+
+@cache
+def names_of(module: str) -> frozenset[str]:
+    """What importing from a module may name: what it binds at its top, and the modules below it."""
+    found = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == module}
+    for node in ast.walk(tree(MODULES[module])):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return frozenset(found)
+
+
+def test_scripts_import_what_there_is() -> None:
+    """No test runs the bench scripts: a name that moved would be missed where it matters, at the end of a long run."""
+    scripts = sorted((SRC.parents[1] / "bench").rglob("*.py"))
+    assert len(scripts) > 5
+    for script in scripts:
+        for node in ast.walk(tree(script)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "recollect":
+                assert node.module in MODULES, f"{script.name}: no module {node.module}"
+                missing = {alias.name for alias in node.names} - names_of(node.module)
+                assert not missing, f"{script.name}: {node.module} has no {missing}"

@@ -254,6 +254,9 @@ def test_headline_follows_the_numbers(tmp_path: Path) -> None:
     short, long = said("level", {**RECALL, "s4": (0.97, 0.97)}, {"gru<b>": (0.52, 0.54), "mamba2": (0.50, 0.5)})
     assert short == "In words, mamba2+hax and s4. In worlds, none yet."
     assert "mamba2+hax and s4 are level" in long
+
+    short, long = said("scattered", {**RECALL, "s4": (0.99, 0.5)}, {"gru<b>": (0.52, 0.54), "mamba2": (0.50, 0.5)})
+    assert short == "In words, mamba2+hax. In worlds, none yet."
     assert (
         "no backbone remembers yet: gru<b>, the best, gets 53.0 ± 1.4 % of the rewards right; chance gets 50.0 %"
         in long
@@ -313,6 +316,17 @@ def test_curves_join_a_resumed_log_and_forgive_a_cut_line(fresh: Path) -> None:
     path.write_text('{"step": 5, "lo\n{"step": 6}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl' is damaged: line 1"):
         load_faceoff(fresh)
+
+
+def test_curves_of_validations_end_with_the_last_step_and_not_before_its_test(fresh: Path) -> None:
+    path = fresh / "recall" / "s4" / "seed0" / "metrics.jsonl"
+    scores = [(2, "valid", 0.3), (4, "valid", 0.5), (4, "test", 0.9)]
+    lines = [{"step": 4, "loss": 1.0}, *({"step": n, "split": s, "eval": {"accuracy": a}} for n, s, a in scores)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = next(run for run in load_faceoff(fresh).runs if run.row == "s4" and run.seed == 0)
+    steps, accuracy = run.curve("accuracy", "step", evaluation=True)
+    assert (steps.tolist(), accuracy.tolist()) == ([2.0, 4.0], [0.3, 0.5])
+    assert run.curve("loss", "step")[1].tolist() == [1.0]
 
 
 def test_mean_of_curves_interpolates_inside_the_common_range() -> None:

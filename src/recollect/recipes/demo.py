@@ -1,8 +1,7 @@
 """The demonstration: which backbone remembers? Minutes on two CPU cores, both halves of the question.
 
-*Recall*: joint recall of small tables with a small state. Equal width, depth and training for all rows but the one at
-twice the width; the hybrids differ from ``mamba2`` by an attention branch and nothing else. Rates and sizes are those
-at which the hybrids have learned while a plain state-space model is still learning (``docs/log.md``).
+*Recall*: joint recall of small tables with a small state, as in ``recipes.recall``. Equal width, depth and training for
+all rows but the one at twice the width; the hybrids differ from ``mamba2`` by an attention branch and nothing else.
 
 *World*: Distracting Memory with a short hallway, two colours and few distractors, seen as tile codes. Rows differ in
 the layers of the backbone only.
@@ -17,13 +16,14 @@ from recollect.envs import DistractingMemory
 from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
-from recollect.layers.mamba2 import Mamba2
 from recollect.layers.s5 import S5
 from recollect.models.backbone import Backbone
 from recollect.models.latent import LatentConfig
 from recollect.models.s4wm import S4WM
-from recollect.ops.patterns import Full, KeySelection, Lsh, Pattern, Window
+from recollect.ops.patterns import KeySelection, Lsh
+from recollect.recipes.recall import small
 from recollect.tasks import JointRecall
+from recollect.train.curriculum import Stage
 from recollect.train.recall import RecallConfig
 from recollect.train.run import FaceOff, RunConfig, TrainConfig
 from recollect.train.world import WorldConfig
@@ -42,7 +42,8 @@ def demo_smoke() -> FaceOff:
         problem = run.problem
         if isinstance(problem, RecallConfig):
             task = JointRecall.Config(n_contexts=(1, 2), n_keys=(2, 3), n_values=8)
-            problem = replace(problem, task=task, batch_size=4, valid_samples=4, test_samples=4)
+            stages = (Stage(until_step=3, sizes=((1, 2), (2, 2)), ramp=True),)
+            problem = replace(problem, task=task, batch_size=4, valid_samples=4, test_samples=4, curriculum=stages)
         elif isinstance(problem, WorldConfig):
             env = DistractingMemory.Config(width=11)
             problem = replace(problem, env=env, batch_size=2, n_episodes=16, n_valid=4, n_test=8)
@@ -56,31 +57,10 @@ def demo_smoke() -> FaceOff:
 def recall_rows() -> tuple[RunConfig, ...]:
     """``mamba2`` alone, twice as wide, and joined by each kind of attention, on tables of 2..5 contexts x 2..5 keys.
 
-    ``hax-ranked`` trains its key selection by the paper's ranking loss, ``hax`` through the model's own loss.
+    The rows of the recall lab at its smallest scale; ``hax-published`` is the paper's layer, ``hax`` ours.
     """
-    task = JointRecall.Config(n_contexts=(2, 5), n_keys=(2, 5))
-    train = TrainConfig(steps=1000, lr=4e-3, warmup_steps=50, log_every=20, eval_every=200, checkpoint_every=250)
-
-    def row(name: str, d_model: int, layer: LayerConfig) -> RunConfig:
-        problem = RecallConfig(task, Backbone.Config(d_model, layers=(layer, layer)), embedding_std=0.5)
-        return RunConfig("demo", "recall", name, 0, problem, train)
-
-    def mamba2(d_model: int) -> Mamba2.Config:
-        return Mamba2.Config(d_model, d_state=4, d_head=16)
-
-    def joined(*patterns: Pattern) -> HAX.Config:
-        return HAX.Config(64, mixer=mamba2(64), patterns=patterns, d_key=8)
-
-    ranked = joined(Lsh(16, n_bits=2), KeySelection(16))
-
-    return (
-        row("mamba2", 64, mamba2(64)),
-        row("mamba2-2x", 128, mamba2(128)),
-        row("mamba2+window", 64, joined(Window(32))),
-        row("mamba2+hax-ranked", 64, ranked),
-        row("mamba2+hax", 64, replace(ranked, selection="gate")),
-        row("mamba2+full", 64, joined(Full())),
-    )
+    names = ("mamba2", "mamba2-2x", "mamba2+window", "mamba2+hax-published", "mamba2+hax", "mamba2+full")
+    return small(5, steps=1600).runs("demo", names)
 
 
 def world_rows() -> tuple[RunConfig, ...]:

@@ -191,7 +191,7 @@ def small(largest: int, steps: int) -> Scale:
 
 def recall_micro() -> FaceOff:
     """Six rows on tables of 2..5 x 2..5."""
-    scale = small(5, steps=1000)
+    scale = small(5, steps=1600)
     return FaceOff("recall-micro", "Joint recall of small tables", scale.runs("recall-micro", MICRO_ROWS), seeds=(0,))
 
 

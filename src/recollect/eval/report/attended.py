@@ -23,6 +23,9 @@ SHADES = 8
 
 ALIASES = {"key-selection": "ks"}
 
+CARRIED = (0, 1, 2)
+"""Places where a value may be found, in positions after its own: a mixer or its convolution carries it on."""
+
 
 @dataclass(frozen=True)
 class AttendedLayer:
@@ -31,7 +34,8 @@ class AttendedLayer:
     row: str
     number: int
     patterns: tuple[str, ...]
-    shares: dict[str, dict[str, float]]
+    carried: int
+    """How many positions after its value the needed place is."""
     queries: list[str]
     told: list[str]
     needed: npt.NDArray[np.int64]
@@ -41,30 +45,34 @@ class AttendedLayer:
     kinds: npt.NDArray[np.uint8]
     """(Q, S) bit p: pattern p admits the key."""
 
+    @property
+    def weight(self) -> float | None:
+        """Mean attention weight of the needed place; None where nothing is needed."""
+        return None if not (at := self._places()) else float(self.weights[at].mean())
+
+    def admitted(self, pattern: int | None = None) -> float:
+        """Share of queries for which some pattern, or one of them, admits the needed place."""
+        bits = 0xFF if pattern is None else 1 << pattern
+        at = self._places()
+        return float((self.kinds[at] & bits > 0).mean()) if at else 0.0
+
+    def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+        asked = np.flatnonzero((self.needed >= 0) & (self.needed + self.carried < self.weights.shape[1]))
+        return (asked, self.needed[asked] + self.carried) if len(asked) else None
+
 
 def attending_layers(row: Row) -> list[dict[str, Any]]:
     """The attending layers of a row as its first finished seed reports them: name, patterns, shares."""
     return next(iter(row.detail("attended")), {}).get("layers", [])
 
 
-def share(layer: dict[str, Any], name: str, pattern: str = "any") -> float | None:
-    """One share of a layer of ``attending_layers``; None where the task names no needed key."""
-    return (layer["shares"].get(pattern) or {}).get(name)
-
-
-def best_layer(row: Row) -> int | None:
-    """The layer that puts most weight on the needed keys; None without attention."""
-    layers = attending_layers(row)
-    return max(range(len(layers)), key=lambda i: share(layers[i], "weight") or 0.0, default=None)
-
-
 def load_attended(row: Row) -> AttendedLayer | None:
-    """The best layer of the row's first finished seed; None where nothing is stored.
+    """The layer of the row's first finished seed that puts most weight where the needed value is or was carried to.
 
-    Raises RunError naming an ``arrays.npz`` that is damaged.
+    None where nothing is stored. Raises RunError naming an ``arrays.npz`` that is damaged.
     """
-    number = best_layer(row)
-    if number is None:
+    layers = attending_layers(row)
+    if not layers:
         return None
     path = next(run.folder for run in row.finished if run.results.get("details", {}).get("attended")) / "arrays.npz"
     if not path.is_file():
@@ -75,11 +83,16 @@ def load_attended(row: Row) -> AttendedLayer | None:
             found = {name.removeprefix("attended_"): stored[name] for name in names}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"'{path}' is damaged: {type(error).__name__}") from None
-    return _checked(found, row, number, path) if found else None
+    if not found:
+        return None
+    return max(
+        (_checked(found, row, number, carried, path) for number in range(len(layers)) for carried in CARRIED),
+        key=lambda seen: seen.weight or 0.0,
+    )
 
 
 def draw_attended(ax: Axes, palette: Palette, seen: AttendedLayer) -> None:
-    """Queries down, told tokens across: shade = weight, outline = the pattern that admits the key, dot = needed key."""
+    """Queries down, told tokens across: shade = weight, outline = which pattern admits the key, dot = needed value."""
     from matplotlib.patches import PathPatch
 
     n_queries, n_told = seen.weights.shape
@@ -109,15 +122,11 @@ def draw_attended(ax: Axes, palette: Palette, seen: AttendedLayer) -> None:
 
 
 def draw_needed_bars(ax: Axes, palette: Palette, face: FaceOff, panel: Panel) -> None:
-    """Per row, at its best layer: how often the needed key is admitted (pale), and the weight on it (solid)."""
-    drawn: list[tuple[Row, dict[str, Any]]] = []
-    for row in panel.rows:
-        best = best_layer(row)
-        if best is not None and share(attending_layers(row)[best], "weight") is not None:
-            drawn.append((row, attending_layers(row)[best]))
-    for y, (row, layer) in enumerate(reversed(drawn)):
-        for name, rise, alpha in (("admitted", 0.2, 0.4), ("weight", -0.2, 1.0)):
-            value = 100 * (share(layer, name) or 0.0)
+    """Per row: how often the needed place is admitted (pale), and the weight on it (solid)."""
+    drawn = [(row, seen) for row in panel.rows if (seen := load_attended(row)) and seen.weight is not None]
+    for y, (row, seen) in enumerate(reversed(drawn)):
+        for found, rise, alpha in ((seen.admitted(), 0.2, 0.4), (seen.weight or 0.0, -0.2, 1.0)):
+            value = 100 * found
             ax.barh(y + rise, value, 0.36, color=palette.row(face, row.name), alpha=alpha, linewidth=0)
             ax.text(value + 1.5, y + rise, f"{value:.0f}", va="center", fontsize=8.5)
     name_bars(ax, [panel.called(row) for row, _ in reversed(drawn)], palette)
@@ -149,7 +158,7 @@ def _runs(admitted: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def _checked(found: dict[str, npt.NDArray[Any]], row: Row, number: int, path: Path) -> AttendedLayer:
+def _checked(found: dict[str, npt.NDArray[Any]], row: Row, number: int, carried: int, path: Path) -> AttendedLayer:
     layer = attending_layers(row)[number]
     try:
         labels, queries, needed = found["labels"], found["queries"], found["needed"]
@@ -159,7 +168,7 @@ def _checked(found: dict[str, npt.NDArray[Any]], row: Row, number: int, path: Pa
             row.name,
             number,
             tuple(layer["patterns"]),
-            layer["shares"],
+            carried,
             [str(labels[q]) for q in queries],
             [str(label) for label in labels[told]],
             np.where(needed < told.stop, needed, -1),

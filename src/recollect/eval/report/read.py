@@ -158,7 +158,10 @@ def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
             continue
         try:
             line = json.loads(text)
-            by_step[int(line["step"])] = {**by_step.get(int(line["step"]), {}), **line}
+            earlier = by_step.get(int(line["step"]), {})
+            # A curve is of validations: the test of the last step does not take the place of its validation.
+            tested = line.get("split") == "test" and earlier.get("split") == "valid"
+            by_step[int(line["step"])] = {**line, **earlier} if tested else {**earlier, **line}
         except (ValueError, TypeError, KeyError):
             # A run that was killed may leave its last line half-written (no newline at its end); any other is damage.
             if number < len(lines):

@@ -12,8 +12,8 @@ from recollect.eval.report.metrics import REWARDS, is_share, label, lower_is_bet
 
 ABSENT = "-"
 
-TIE = 0.01
-"""Two accuracies closer than this, or than the sum of their standard deviations, are called level."""
+TIE = 0.02
+"""Accuracies within this of the best one, or within its standard deviation, are called level with it."""
 
 RELATIVE_TIE = 0.05
 """The same for errors, as a share of the smaller one."""
@@ -224,8 +224,9 @@ def _score(row: Row) -> Stat:
 
 
 def _level(best: Stat, other: Stat, metric: str) -> bool:
+    # The other's spread does not count: a row whose seeds scatter is not level with one whose seeds agree.
     tie = RELATIVE_TIE * abs(best.mean) if lower_is_better(metric) else TIE
-    return abs(best.mean - other.mean) <= max(tie, (best.std or 0.0) + (other.std or 0.0))
+    return abs(best.mean - other.mean) <= max(tie, best.std or 0.0)
 
 
 def _names(rows: Sequence[Row]) -> str:

@@ -8,12 +8,10 @@ from functools import partial
 from recollect.eval.report.attended import (
     AttendedLayer,
     attending_layers,
-    best_layer,
     draw_attended,
     draw_needed_bars,
     load_attended,
     pattern_colour,
-    share,
 )
 from recollect.eval.report.data import FaceOff, Row
 from recollect.eval.report.figures import bar_height, draw_accuracy_bars, draw_gap_bars
@@ -152,7 +150,7 @@ def _whole_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
 def _attended_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
     reading = [row for row in rows if attending_layers(row)]
     plates: list[Plate] = []
-    told = [row for row in reading if any(share(layer, "weight") is not None for layer in attending_layers(row))]
+    told = [row for row in reading if (seen := load_attended(row)) is not None and seen.weight is not None]
     if told:
         figures = tuple(
             figure(
@@ -164,9 +162,10 @@ def _attended_plates(face: FaceOff, rows: Sequence[Row]) -> list[Plate]:
             for panel in panels(face, told)
         )
         caption = (
-            "For each asked position, the place where its value was told. Pale: how often a query may read it; solid: "
-            "the attention weight it gets; both in the layer that gives it most. Largest size, first seed. Deeper "
-            "layers may find the value elsewhere, where the mixer has carried it, so a low bar is a hint and no proof."
+            "For each asked position, the place where its value was told, or one of the two after it, to which the "
+            "mixer may have carried it. Pale: how often a query may read it; solid: the attention weight it gets; "
+            "both in the layer and at the place that get most, in the sample drawn below. A value may be found in "
+            "other ways, so a low bar is a hint and no proof."
         )
         plates.append(Plate(NEEDED, caption, figures))
     pictures = tuple(_picture(seen) for row in reading if (seen := load_attended(row)) is not None)
@@ -199,12 +198,11 @@ def _outlines(pictures_of: Sequence[Row]) -> str:
 
 def _shares_text(row: Row) -> str:
     """A row's shares in words: what its best layer admits, by pattern, and the weight."""
-    best = best_layer(row)
-    assert best is not None
-    layer = attending_layers(row)[best]
-    admitted, weight = share(layer, "admitted"), share(layer, "weight")
-    parts = ", ".join(f"{p} {percent(share(layer, 'admitted', p) or 0.0)}" for p in layer["patterns"])
-    return f"admitted {percent(admitted or 0.0)} ({parts}), weight {percent(weight or 0.0)}"
+    seen = load_attended(row)
+    if seen is None:
+        return ""
+    parts = ", ".join(f"{name} {percent(seen.admitted(p))}" for p, name in enumerate(seen.patterns))
+    return f"admitted {percent(seen.admitted())} ({parts}), weight {percent(seen.weight or 0.0)}"
 
 
 def _height(panel: Panel) -> float:
