@@ -34,7 +34,10 @@ def complaint(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*RECALL, "mamba2", "train.stesp=3"], "unknown key 'stesp'; did you mean 'steps'?"),
         ([*RECALL, "mamba2", "train.steps=many"], "expected int, got 'many'"),
         ([*RECALL, "mamba2", "problem.backbone.layers.0.d_head=7"], "is not divisible by d_head 7"),
-        ([*WORLD, "attention", "problem.backbone.layers.0.n_heads=7"], "d_model 64 is not divisible by n_heads 7"),
+        (
+            [*WORLD, "attention", "problem.dynamics.backbone.layers.0.n_heads=7"],
+            "d_model 64 is not divisible by n_heads 7",
+        ),
         ([*RECALL, "mamba2+hax", "problem.backbone.layers.0.patterns=[]"], "at least one pattern"),
         ([*RECALL, "mamba2+hax", "problem.backbone.layers.0.patterns.0.n_keys=0"], "n_keys must be at least 1"),
         ([*RECALL, "mamba2", "problem.backbone.layers.1.d_model=32"], "layers.1.d_model 32 must equal d_model 64"),

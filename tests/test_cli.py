@@ -178,9 +178,10 @@ def test_list(what: str, keys: set[str], capsys: pytest.CaptureFixture[str]) -> 
 def test_list_recipes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recollect.recipes.RECIPES", {"toy": TOY})
     assert main(["list", "recipes", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [
-        {"name": "toy", "summary": "A toy face-off", "seeds": [0], "rows": {"recall": "good,bad,wide"}}
-    ]
+    toy, *families = json.loads(capsys.readouterr().out)
+    assert toy == {"name": "toy", "summary": "A toy face-off", "seeds": [0], "rows": {"recall": "good,bad,wide"}}
+    assert [family["name"] for family in families] == ["worlds-micro-ENV", "worlds-mini-ENV", "worlds-paper-ENV"]
+    assert "on the environment ENV" in families[0]["summary"]
 
 
 @pytest.mark.parametrize("extra", ["there", "missing"])

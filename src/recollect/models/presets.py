@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -137,6 +138,8 @@ PRESETS: dict[str, Callable[[Size], DynamicsConfig]] = {
 @cache
 def _parameters(config: LayerConfig | DynamicsConfig) -> int:
     """Of a layer; of dynamics, with as many features as they have hidden units and six actions."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    # The search for the RSSM's width builds wide ones: without memory. Layers compute with what they are built of.
+    where = torch.device("meta") if isinstance(config, RSSM.Config) else nullcontext()
+    with torch.random.fork_rng(devices=[]), where:
         module = config.build(config.hidden, 6) if isinstance(config, DynamicsConfig) else config.build()
     return sum(parameter.numel() for parameter in module.parameters())
