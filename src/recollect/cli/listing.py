@@ -56,7 +56,7 @@ def _envs() -> list[Row]:
 
 
 def _recipes() -> list[Row]:
-    from recollect.recipes import FAMILIES, RECIPES, import_recipe, load_recipe
+    from recollect.recipes import BY_ENVIRONMENT, RECIPES, import_recipe, load_recipe
 
     rows: list[Row] = []
     for name in RECIPES:
@@ -71,7 +71,7 @@ def _recipes() -> list[Row]:
                 "rows": {group: ",".join(names) for group, names in members.items()},
             }
         )
-    for prefix in FAMILIES:
+    for prefix in BY_ENVIRONMENT:
         summary = _summary(import_recipe(f"{prefix}ENV").func)
         rows.append({"name": f"{prefix}ENV", "summary": summary, "seeds": [0], "rows": {"ENV": "as worlds-micro"}})
     return rows

@@ -23,7 +23,7 @@ RECIPES: dict[str, str] = {
     "worlds-mini": "recollect.recipes.worlds:worlds_mini",
 }
 
-FAMILIES: dict[str, str] = {
+BY_ENVIRONMENT: dict[str, str] = {
     "worlds-micro-": "recollect.recipes.worlds:micro",
     "worlds-mini-": "recollect.recipes.worlds:mini",
     "worlds-paper-": "recollect.recipes.worlds:paper",
@@ -37,9 +37,9 @@ def import_recipe(name: str) -> Any:
     Raises ConfigError naming the nearest recipe when there is none of that name.
     """
     target, arguments = RECIPES.get(name, name), ()
-    for prefix, family in FAMILIES.items():
+    for prefix, taker in BY_ENVIRONMENT.items():
         if name not in RECIPES and name.startswith(prefix):
-            target, arguments = family, (name.removeprefix(prefix),)
+            target, arguments = taker, (name.removeprefix(prefix),)
     module_name, colon, function_name = target.partition(":")
     if not colon:
         raise ConfigError(f"unknown recipe '{name}'{nearest(name, RECIPES)}")
