@@ -13,7 +13,6 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DtypeObservation, RecordEpisodeStatistics
 
 from recollect.core.errors import ConfigError, RecollectError
-from recollect.core.layer import LayerConfig
 from recollect.core.state import index_batch
 from recollect.data import EpisodeStore, collect
 from recollect.envs import DistractingMemory
@@ -21,43 +20,16 @@ from recollect.envs.tiles import render
 from recollect.eval.contexts import StoredContexts
 from recollect.eval.imagined_env import ImaginedEnv
 from recollect.eval.pictures import render_on
-from recollect.layers.attention import Attention
-from recollect.layers.gru import GRU
-from recollect.layers.hax import HAX
-from recollect.layers.s4 import S4
-from recollect.layers.s5 import S5
-from recollect.layers.transformer_xl import TransformerXL
-from recollect.models.backbone import Backbone
 from recollect.models.dense import init_weights
-from recollect.models.dynamics import DynamicsConfig
-from recollect.models.latent import LatentConfig
-from recollect.models.rssm import RSSM
-from recollect.models.s4wm import S4WM
 from recollect.models.vision import Pixels, Tiles, VisionConfig
 from recollect.models.world_model import Batch, WorldModel
 from recollect.recipes import load_recipe
 from recollect.train.loop import train
 from recollect.train.world import imagined_env
+from small_worlds import DYNAMICS
 
 WORLD = DistractingMemory.Config(width=11)
-LATENT = LatentConfig(groups=4, classes=8)
 HORIZON = 4
-
-
-def s4wm(layer: LayerConfig) -> S4WM.Config:
-    return S4WM.Config(Backbone.Config(layer.d_model, layers=(layer, layer)), latent=LATENT, hidden=16)
-
-
-DYNAMICS: dict[str, DynamicsConfig] = {
-    "gru": s4wm(GRU.Config.tiny()),
-    "attention": s4wm(Attention.Config.tiny()),
-    "s4": s4wm(S4.Config.tiny()),
-    "s5": s4wm(S5.Config.tiny()),
-    "hax": s4wm(HAX.Config.tiny()),
-    "transformer_xl": s4wm(TransformerXL.Config.tiny()),
-    "rssm": RSSM.Config(d_deter=24, latent=LATENT, hidden=16),
-    "full": s4wm(Attention.Config.declared()["full"]),
-}
 
 
 def world_model(kind: str = "gru", vision: VisionConfig | None = None) -> WorldModel:
