@@ -1,6 +1,6 @@
 """Encoders and decoders of observations: pixels by convolutions, tile codes by an MLP over one-hot codes.
 
-Both come in pairs with one interface. An encoder maps observations (N, ...) to features (N, F). A decoder maps features
+Channels lie last in memory, as pictures are stored. Both come in pairs with one interface. An encoder maps observations (N, ...) to features (N, F). A decoder maps features
 (N, F) to predictions, and knows its ``loss`` (N,) against the truth and the ``observation`` a prediction stands for.
 """
 
@@ -104,15 +104,23 @@ class Pixels(VisionConfig, kind="pixels"):
 
 
 class _TileEncoder(nn.Module):
+    """A linear map of the one-hot codes, which are never written out: it is the sum of a column for every tile."""
+
+    first: Tensor
+
     def __init__(self, config: Tiles) -> None:
         super().__init__()
-        self.n_codes = config.n_codes
-        width = config.rows * config.columns * config.n_codes
-        self.net = nn.Sequential(*linear_norm(width, config.hidden), nn.SiLU())
+        n_tiles = config.rows * config.columns
+        self.net = nn.Sequential(*linear_norm(n_tiles * config.n_codes, config.hidden), nn.SiLU())
+        self.register_buffer("first", torch.arange(n_tiles) * config.n_codes, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        one_hot = F.one_hot(codes.long(), self.n_codes).flatten(1)
-        return self.net(one_hot.to(next(self.parameters()).dtype))
+        linear, *rest = self.net
+        columns = linear.get_parameter("weight").t().contiguous()
+        x = F.embedding_bag(codes.flatten(1).long() + self.first, columns, mode="sum")
+        for module in rest:
+            x = module(x)
+        return x
 
 
 class _TileDecoder(Decoder):
@@ -142,7 +150,7 @@ class _PixelEncoder(nn.Module):
             convolution = nn.Conv2d(before, after, 4, 2, 1, bias=False)
             init_weights(convolution)
             blocks += [convolution, ChannelNorm(after), nn.SiLU()]
-        self.net = nn.Sequential(*blocks)
+        self.net = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
         self.features = channels[-1] * (config.size >> config.stages) ** 2
 
     def forward(self, images: Tensor) -> Tensor:
@@ -153,7 +161,7 @@ class _PixelDecoder(Decoder):
     def __init__(self, config: Pixels, features: int) -> None:
         super().__init__()
         channels = [*(config.depth << i for i in reversed(range(config.stages))), 3]
-        self.seed = (channels[0], config.size >> config.stages, config.size >> config.stages)
+        self.seed = (config.size >> config.stages, config.size >> config.stages, channels[0])
         self.linear = nn.Linear(features, self.seed[0] * self.seed[1] * self.seed[2])
         init_weights(self.linear)
         blocks: list[nn.Module] = []
@@ -162,10 +170,10 @@ class _PixelDecoder(Decoder):
             convolution = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=last)
             init_weights(convolution)
             blocks += [convolution] if last else [convolution, ChannelNorm(after), nn.SiLU()]
-        self.net = nn.Sequential(*blocks)
+        self.net = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.net(self.linear(features).view(-1, *self.seed)).permute(0, 2, 3, 1)
+        return self.net(self.linear(features).view(-1, *self.seed).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
         return (_exact(prediction) - truth / 255).square().sum((-3, -2, -1))
