@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recollect.core.derived import Derived
 from recollect.core.errors import ConfigError
 from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
 from recollect.core.state import where_reset
@@ -65,6 +66,7 @@ class ChannelSSM(BranchedLayer):
         self.C = nn.Parameter(torch.randn(config.d_model, self.n_pairs, 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(config.d_model))
         self.out_proj = nn.Linear(config.d_model, 2 * config.d_model)
+        self.stepped: Derived[Any] = Derived()
 
     @abstractmethod
     def system(self, dtype: torch.dtype) -> Any:
@@ -99,7 +101,8 @@ class ChannelSSM(BranchedLayer):
             state = where_reset(reset, self.state_like(x), state)
         dtype = state.h.dtype
         h = torch.view_as_complex(state.h.contiguous())
-        y, h = self.run_step(x.to(dtype), h, self.system(dtype.to_complex()))
+        system = self.stepped.of(self, dtype, lambda: self.system(dtype.to_complex()))
+        y, h = self.run_step(x.to(dtype), h, system)
         return self._emit(y, x, branch), ChannelState(torch.view_as_real(h))
 
     def _emit(self, y: Tensor, x: Tensor, branch: Branch | None) -> Tensor:

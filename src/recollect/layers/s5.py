@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recollect.core.derived import Derived
 from recollect.core.errors import ConfigError
 from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
 from recollect.core.state import where_reset
@@ -96,6 +97,7 @@ class S5(BranchedLayer):
         self.log_dt = nn.Parameter(low + (high - low) * torch.rand(pairs))
         self.h_init = nn.Parameter(torch.zeros(config.d_state)) if config.learned_init else None
         self.out_proj = nn.Linear(d_model, 2 * d_model)
+        self.stepped: Derived[tuple[Tensor, Tensor, Tensor]] = Derived()
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -119,7 +121,9 @@ class S5(BranchedLayer):
     ) -> tuple[Tensor, S5State]:
         if reset is not None:
             state = where_reset(reset, self.state_like(x), state)
-        y, h_BN = mimo_ssm_step(x, *self._discretise(state.h.dtype), self.D, state.h)
+        dtype = state.h.dtype
+        system = self.stepped.of(self, dtype, lambda: self._discretise(dtype))
+        y, h_BN = mimo_ssm_step(x, *system, self.D, state.h)
         return self._emit(y, x, branch), S5State(h_BN)
 
     def _discretise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
