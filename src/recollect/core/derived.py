@@ -28,7 +28,7 @@ class Derived(Generic[Value]):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         # A view holds on to its memory, so that no other tensor can come to lie at the same address meanwhile.
-        now = [(p.detach(), p._version) for p in module._parameters.values() if p is not None]
+        now = [(p.detach(), p._version) for p in module.parameters(recurse=False)]
         if self._value is None or self._key != key or not _same(self._seen, now):
             self._key, self._seen, self._value = key, now, make()
         return self._value

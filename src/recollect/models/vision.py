@@ -1,7 +1,8 @@
 """Encoders and decoders of observations: pixels by convolutions, tile codes by an MLP over one-hot codes.
 
-Channels lie last in memory, as pictures are stored. Both come in pairs with one interface. An encoder maps observations (N, ...) to features (N, F). A decoder maps features
-(N, F) to predictions, and knows its ``loss`` (N,) against the truth and the ``observation`` a prediction stands for.
+Channels lie last in memory, as pictures are stored. Both come in pairs with one interface. An encoder maps observations
+(N, ...) to features (N, F). A decoder maps features (N, F) to predictions, and knows its ``loss`` (N,) against the
+truth and the ``observation`` a prediction stands for.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class _PixelEncoder(nn.Module):
             convolution = nn.Conv2d(before, after, 4, 2, 1, bias=False)
             init_weights(convolution)
             blocks += [convolution, ChannelNorm(after), nn.SiLU()]
-        self.net = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+        self.net = _channels_last(blocks)
         self.features = channels[-1] * (config.size >> config.stages) ** 2
 
     def forward(self, images: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class _PixelDecoder(Decoder):
             convolution = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=last)
             init_weights(convolution)
             blocks += [convolution] if last else [convolution, ChannelNorm(after), nn.SiLU()]
-        self.net = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+        self.net = _channels_last(blocks)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.net(self.linear(features).view(-1, *self.seed).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -180,6 +181,15 @@ class _PixelDecoder(Decoder):
 
     def observation(self, prediction: Tensor) -> Tensor:
         return (prediction.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _channels_last(blocks: list[nn.Module]) -> nn.Sequential:
+    """In that order, with the weights of convolutions laid out as the pictures are."""
+    net = nn.Sequential(*blocks)
+    for parameter in net.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return net
 
 
 def _exact(x: Tensor) -> Tensor:
