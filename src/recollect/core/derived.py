@@ -1,36 +1,54 @@
-"""Values that follow from a module's parameters, kept while those stay."""
+"""Values that follow from parameters, made once where the parameters are known to stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 Value = TypeVar("Value")
 
+_scope: ContextVar[object | None] = ContextVar("unchanging", default=None)
+
+
+@contextmanager
+def unchanging() -> Generator[None]:
+    """Promise that no parameter changes inside, so that layers step without deriving their systems anew each time.
+
+    ``WorldModel.imagine`` promises it for its loop; put it around loops of ``step`` of your own. It has to be said:
+    nothing about a parameter tells that a fused optimizer has written to it.
+    """
+    if _scope.get() is not None:
+        yield
+        return
+    token = _scope.set(object())
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
 
 class Derived(Generic[Value]):
-    """What a step by step run would compute anew at every step: a discretised system, say.
+    """What a layer would compute anew at every step: a discretised system, say.
 
-    Kept only where no gradient is recorded, and for as long as the module's own parameters (not its children's) are the
-    same tensors with the same values, in-place changes included. Copies and pickles of a module begin without it.
+    Kept only inside ``unchanging()`` and where no gradient is recorded. Copies and pickles begin without it.
     """
 
     def __init__(self) -> None:
+        self._scope: object | None = None
         self._key: Hashable = None
-        self._seen: list[tuple[Tensor, int]] = []
         self._value: Value | None = None
 
-    def of(self, module: nn.Module, key: Hashable, make: Callable[[], Value]) -> Value:
-        """``make()``, or what it returned last time. ``key`` is all it depends on besides the parameters."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def of(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """``make()``, or what it returned before. ``key`` is all it depends on besides parameters."""
+        scope = _scope.get()
+        if scope is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
-        # A view holds on to its memory, so that no other tensor can come to lie at the same address meanwhile.
-        now = [(p.detach(), p._version) for p in module.parameters(recurse=False)]
-        if self._value is None or self._key != key or not _same(self._seen, now):
-            self._key, self._seen, self._value = key, now, make()
+        if self._value is None or self._scope is not scope or self._key != key:
+            self._scope, self._key, self._value = scope, key, make()
         return self._value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived[Value]:
@@ -38,10 +56,3 @@ class Derived(Generic[Value]):
 
     def __reduce__(self) -> tuple[type[Derived[Any]], tuple[()]]:
         return Derived, ()
-
-
-def _same(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
-    return len(before) == len(now) and all(
-        was.data_ptr() == tensor.data_ptr() and changes == version and was.dtype == tensor.dtype
-        for (was, changes), (tensor, version) in zip(before, now, strict=True)
-    )

@@ -101,7 +101,7 @@ class ChannelSSM(BranchedLayer):
             state = where_reset(reset, self.state_like(x), state)
         dtype = state.h.dtype
         h = torch.view_as_complex(state.h.contiguous())
-        system = self.stepped.of(self, dtype, lambda: self.system(dtype.to_complex()))
+        system = self.stepped.of(dtype, lambda: self.system(dtype.to_complex()))
         y, h = self.run_step(x.to(dtype), h, system)
         return self._emit(y, x, branch), ChannelState(torch.view_as_real(h))
 

@@ -122,7 +122,7 @@ class S5(BranchedLayer):
         if reset is not None:
             state = where_reset(reset, self.state_like(x), state)
         dtype = state.h.dtype
-        system = self.stepped.of(self, dtype, lambda: self._discretise(dtype))
+        system = self.stepped.of(dtype, lambda: self._discretise(dtype))
         y, h_BN = mimo_ssm_step(x, *system, self.D, state.h)
         return self._emit(y, x, branch), S5State(h_BN)
 

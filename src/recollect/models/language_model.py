@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.core.config import Config as BaseConfig
+from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
 from recollect.core.types import Aux, State
 from recollect.models.backbone import Backbone
@@ -89,12 +90,13 @@ class LanguageModel(nn.Module):
         state = self.backbone.init_state(tokens.shape[0], device=tokens.device)
         logits, state = self(tokens, state)
         logits = logits[:, -1]
-        for _ in range(n):
-            if temperature > 0:
-                probabilities = torch.softmax(logits / temperature, -1)
-                chosen = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-            else:
-                chosen = logits.argmax(-1)
-            tokens = torch.cat([tokens, chosen[:, None]], 1)
-            logits, state = self.step(chosen, state)
+        with unchanging():
+            for _ in range(n):
+                if temperature > 0:
+                    probabilities = torch.softmax(logits / temperature, -1)
+                    chosen = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+                else:
+                    chosen = logits.argmax(-1)
+                tokens = torch.cat([tokens, chosen[:, None]], 1)
+                logits, state = self.step(chosen, state)
         return tokens

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.core.config import Config as BaseConfig
+from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
 from recollect.models import latent
 from recollect.models.dense import dense
@@ -165,12 +166,13 @@ class WorldModel(nn.Module):
         if steps is None:
             raise ConfigError("imagine: a policy needs a horizon")
         hs, zs, taken = [], [], []
-        for t in range(steps):
-            action = actions[:, t] if isinstance(actions, Tensor) else actions(state.h, state.z)
-            state = self.imagine_step(state, action, generator=generator)
-            hs.append(state.h)
-            zs.append(state.z)
-            taken.append(action)
+        with unchanging():
+            for t in range(steps):
+                action = actions[:, t] if isinstance(actions, Tensor) else actions(state.h, state.z)
+                state = self.imagine_step(state, action, generator=generator)
+                hs.append(state.h)
+                zs.append(state.z)
+                taken.append(action)
         h, z = torch.stack(hs, 1), torch.stack(zs, 1)
         seen = self.reconstruct(h, z)
         return Imagined(h, z, torch.stack(taken, 1), seen, self.reward(h, z), self.goes_on(h, z), state)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
 from recollect.core.state import nbytes
 from recollect.eval.bench.cases import Case, Record, Row, note, run_cases
@@ -85,7 +86,7 @@ def measure(
             length -= n
         return state
 
-    with torch.no_grad():
+    with torch.no_grad(), unchanging():
         states = [None, past(least)]
 
         def prefill() -> None:

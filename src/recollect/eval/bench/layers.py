@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
 from recollect.core.layer import SequenceLayer
 from recollect.core.state import nbytes
@@ -133,7 +134,7 @@ def measure(
     module.zero_grad(set_to_none=True)
     module.eval()
     forward_time = median_time(forward, seconds, on)
-    with torch.no_grad():
+    with torch.no_grad(), unchanging():
         step, state_bytes = _decoder(module, x[:1])
         step_s = None
         if step is not None:

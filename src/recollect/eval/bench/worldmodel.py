@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 from torch.nn import functional as F
 
+from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
 from recollect.core.state import nbytes
 from recollect.eval.bench.cases import Case, Record, Row, note, run_cases
@@ -199,7 +200,7 @@ def measure(
     training = median_time(train, seconds, on, first_s=peak.seconds)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), unchanging():
         state = model.observe(whole, generator=generator).state
         actions = episodes(config, batch, HORIZON + 1, on).action[:, 1:]
 
