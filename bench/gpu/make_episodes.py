@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from recollect.cli.progress import counting
 from recollect.recipes import load_recipe
 from recollect.train.world import WorldConfig
 
@@ -21,7 +22,7 @@ def main() -> None:
     groups = {run.group: run.problem for run in load_recipe(options.recipe).runs}
     for name, problem in groups.items():
         if isinstance(problem, WorldConfig):
-            problem.build().make_episodes(options.workers)
+            problem.build().make_data(counting, options.workers)
             print(f"{name}: episodes are there", flush=True)
 
 

@@ -83,6 +83,7 @@ def _train(command: arguments.Train) -> int:
 
 
 def _go(run: RunConfig, directory: Path, command: arguments.Train | arguments.Resume) -> int:
+    from recollect.cli.progress import counting
     from recollect.train.loop import train
     from recollect.train.runtime import stop_on_signals
 
@@ -94,6 +95,7 @@ def _go(run: RunConfig, directory: Path, command: arguments.Train | arguments.Re
             data_workers=command.data_workers,
             compile=command.compile,
             progress=_print_record,
+            counting=counting,
             stop=stop,
         )
     print(f"{directory}: finished after {results['steps']} steps, {results['wall_s']:.0f} s of training")
@@ -125,14 +127,16 @@ def _imagine(command: arguments.Imagine) -> int:
 
 
 def _faceoff(command: arguments.FaceOff) -> int:
-    from recollect.cli.progress import display
+    from recollect.cli.progress import counting, display
     from recollect.recipes import load_recipe
-    from recollect.train.sweep import run_faceoff
+    from recollect.train.sweep import make_data, run_faceoff
 
     faceoff = load_recipe(command.recipe).overridden(command.overrides, command.seeds, command.lrs)
     directory = command.out or Path("runs") / command.recipe.replace(":", ".")
     # A terminated face-off leaves as an interrupted one does: what runs writes a checkpoint and ends first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if command.ray is None:
+        make_data(faceoff, directory, counting, command.workers or 0)
     with display(faceoff.title) as show:
         jobs = run_faceoff(
             faceoff, directory, workers=command.workers, ray=command.ray, device=command.device, display=show

@@ -36,7 +36,7 @@ from recollect.train.directory import RunDirectory, load_run, read_json
 from recollect.train.metrics import MetricsLog, finite
 from recollect.train.optimizer import build_optimizer, learning_rate
 from recollect.train.prefetch import Take, batches, check_workers
-from recollect.train.problem import Evaluation, Problem
+from recollect.train.problem import Counting, Evaluation, Problem
 from recollect.train.run import RunConfig
 from recollect.train.runtime import environment, resolve_device
 from recollect.train.watch import Bad, FiniteWatch
@@ -56,13 +56,15 @@ def train(
     data_workers: int = 0,
     compile: Compile = "off",  # noqa: A002
     progress: Progress | None = None,
+    counting: Counting | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Carry out ``run`` in ``directory``, going on from its newest checkpoint; returns what ``results.json`` holds.
 
     A finished run is not run again. ``data_workers`` processes make batches ahead (0: this one makes them);
     ``compile`` is "off", "default" (``torch.compile``) or "graphs" (with CUDA graphs). ``progress`` is called with
-    every record of ``metrics.jsonl``; ``stop`` is asked after every step. A script that uses data workers must start
+    every record of ``metrics.jsonl``, ``counting`` shows how far data is that has to be made first; ``stop`` is asked
+    after every step and every piece of that data. A script that uses data workers must start
     under ``if __name__ == "__main__":``, as they import it.
 
     Raises StoppedError when ``stop`` says yes, and RunError when the directory belongs to another config or process, a
@@ -77,11 +79,32 @@ def train(
     with where.lock():
         if (results := where.finished(run)) is not None:
             return results
+        if counting is not None:
+            run.problem.build().make_data(_stoppable(counting, stop, directory), data_workers)
         _record_environment(where, on, {"data_workers": data_workers, "compile": compile})
         with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):
             loop = _Loop(run, where, on, compile)
             with batches(run, loop.problem, loop.step + 1, on, data_workers) as take:
                 return loop.run(take, progress or (lambda _: None), stop or (lambda: False))
+
+
+def _stoppable(counting: Counting, stop: Callable[[], bool] | None, directory: Path) -> Counting:
+    """The same, but that a count ends with StoppedError where ``stop`` says yes."""
+
+    @contextmanager
+    def counted(title: str) -> Generator[Callable[[int, int], None]]:
+        with counting(title) as show:
+
+            def ask(done: int, total: int) -> None:
+                show(done, total)
+                if stop is not None and stop() and done < total:
+                    raise StoppedError(
+                        f"stopped after {done} of {total} of the data that {directory} needs; the same command goes on"
+                    )
+
+            yield ask
+
+    return counted
 
 
 def load_trained(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from recollect.core.seeding import Streams
+
+
+Counting = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""From a title to a function of (done, all) that shows how far something is while it is open."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Problem(ABC):
     """The metric of ``evaluate`` that progress shows and the best checkpoint is chosen by."""
 
     higher_is_better: bool = False
+
+    def make_data(self, counting: Counting, workers: int = 0) -> None:  # noqa: B027 (most make their data as they go)
+        """Make what is read from disk and not there yet, with so many processes; it is made when read otherwise."""
 
     @abstractmethod
     def build_model(self) -> nn.Module:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from recollect.core.errors import ConfigError, RecollectError, RunError, describ
 from recollect.core.files import write_atomically
 from recollect.train.directory import OtherRunError, RunDirectory, read_json
 from recollect.train.executors.base import Executor, Job
+from recollect.train.problem import Counting
 from recollect.train.run import FaceOff
 
 Display = Callable[[Sequence[Job]], None]
@@ -57,6 +59,18 @@ def run_faceoff(
     finally:
         executor.stop()
     return jobs
+
+
+def make_data(faceoff: FaceOff, directory: Path, counting: Counting, workers: int = 0) -> None:
+    """Make the data that unfinished runs read from disk, in ``workers`` processes, where it is not there yet.
+
+    The runs would make it themselves, one process at a time and without a word. Raises RunError as ``run_faceoff``.
+    """
+    for job in prepare(faceoff, directory):
+        if job.status == "waiting":
+            # What cannot be made here cannot be made in the run either, and there it is told.
+            with suppress(RecollectError, OSError):
+                job.run.problem.build().make_data(counting, workers)
 
 
 def executor_for(workers: int | None, ray: str | None, device: str) -> Executor:

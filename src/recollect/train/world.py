@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from recollect.models.probe import Probe
 from recollect.models.vision import Pixels, Tiles
 from recollect.models.world_model import Batch, WorldModel
 from recollect.train.loop import load_trained
-from recollect.train.problem import Evaluation, Problem
+from recollect.train.problem import Counting, Evaluation, Problem
 from recollect.train.run import ProblemConfig
 
 KEYS = ("action", "reward", "is_first", "is_terminal")
@@ -255,14 +256,13 @@ class World(Problem):
             self._opened[env, split, probed] = Windows(self._store(env, split), keys=keys)
         return self._opened[env, split, probed]
 
-    def make_episodes(self, workers: int = 0) -> None:
-        """Make every store that training and the tests read, with so many processes, unless they are there already."""
+    def make_data(self, counting: Counting, workers: int = 0) -> None:
         for split in ("train", "valid", "test"):
-            self._store(self.config.env, split, workers)
+            self._store(self.config.env, split, counting, workers)
         if self.config.longer is not None:
-            self._store(self.config.longer, "test", workers)
+            self._store(self.config.longer, "test", counting, workers)
 
-    def _store(self, env: EnvConfig, split: str, workers: int = 0) -> EpisodeStore:
+    def _store(self, env: EnvConfig, split: str, counting: Counting | None = None, workers: int = 0) -> EpisodeStore:
         """The split's episodes, made by whichever process comes first while the others wait."""
         c = self.config
         n = {"train": c.n_episodes, "valid": c.n_valid, "test": c.n_test}[split]
@@ -270,8 +270,9 @@ class World(Problem):
         # With the schema in its name, a store of an older version is left alone and not met.
         path = root / f"{env.kind}-{fingerprint(env)}-{split}-seed{c.data_seed}-{n}-v{SCHEMA}"
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f"{path.name}.lock", wait=True):
-            return collect(env, n, c.data_seed, path, split, workers=workers)
+        shown = nullcontext() if counting is None else counting(f"{path}: episodes")
+        with locked(root / f"{path.name}.lock", wait=True), shown as progress:
+            return collect(env, n, c.data_seed, path, split, progress, workers=workers)
 
 
 def imagine_run(directory: Path, out: Path, *, episodes: int = 4, seed: int = 0) -> Path:
