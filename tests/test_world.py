@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -279,3 +281,15 @@ def test_a_world_run_imagines_on_request(tmp_path: Path) -> None:
         assert arrays["strip_truth"].shape == (2, 6, 40, 40, 3)
     with pytest.raises(ConfigError, match=r"must be in 1\.\.8"):
         imagine_run(tmp_path / "run", tmp_path / "out", episodes=9)
+
+
+def test_a_fresh_process_needs_to_import_nothing_else_to_imagine_a_run(tmp_path: Path) -> None:
+    train(smoke("hax"), tmp_path / "run")
+    code = "; ".join(
+        (
+            "from pathlib import Path",
+            "from recollect.train.world import imagined_env",
+            f"imagined_env(Path({str(tmp_path / 'run')!r}), num_envs=2).reset(seed=0)",
+        )
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

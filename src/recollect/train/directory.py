@@ -10,6 +10,7 @@ import json
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from recollect.core.config import differences, dumps, fingerprint, from_dict, to
 from recollect.core.errors import RunError
 from recollect.core.files import locked, write_atomically
 from recollect.train.run import RunConfig
+
+OUR_KINDS = ("recollect.layers", "recollect.models.presets", "recollect.train.recall", "recollect.train.world")
+"""The modules that define, or import, every kind of config that a run of this package may name."""
 
 
 class OtherRunError(RunError):
@@ -124,9 +128,11 @@ class RunDirectory:
 
 
 def load_run(directory: Path) -> RunConfig:
-    """The config of a run's directory. The module that defines its problem must have been imported.
+    """The config of a run's directory. Kinds of one's own are known once the modules that define them are imported.
 
     Raises RunError when there is none, ConfigError when it does not decode.
     """
+    for module in OUR_KINDS:
+        import_module(module)
     path = RunDirectory(directory).config
     return from_dict(RunConfig, read_json(path), str(path))

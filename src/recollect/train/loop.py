@@ -113,8 +113,8 @@ def load_trained(
     """The config, problem and trained model (eval mode, averaged weights where the run kept them) of a directory.
 
     ``best`` takes the weights of the best validation instead of the last ones; None takes those the run itself is
-    tested with (``train.select``). The module that defines the run's problem must have been imported. Raises RunError
-    when there is no such checkpoint or it is damaged.
+    tested with (``train.select``). Problems and layers of one's own must have been imported. Raises RunError when there
+    is no such checkpoint or it is damaged.
     """
     run = load_run(directory)
     best = run.train.select == "best" if best is None else best
