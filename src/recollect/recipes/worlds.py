@@ -54,8 +54,10 @@ class Scale:
     """Steps that the recurrent baseline's gradients and the Transformer-XL's memory reach back."""
     frames_at_once: int = 4096
 
-    def runs(self, recipe: str, group: str, env: EnvConfig, rows: Sequence[str] = ROWS) -> Runs:
-        """One run for each of ``rows`` on an environment."""
+    def runs(
+        self, recipe: str, group: str, env: EnvConfig, rows: Sequence[str] = ROWS, longer: EnvConfig | None = None
+    ) -> Runs:
+        """One run for each of ``rows`` on an environment, tested on a ``longer`` one too."""
         size = replace(self.size, window=self.window, chunk=self.window)
         pictures = env.observation == "image"
         if isinstance(env, FirstPersonConfig):
@@ -77,6 +79,7 @@ class Scale:
             n_episodes=self.n_pictured if pictures else self.n_episodes,
             n_valid=self.n_valid,
             n_test=self.n_test,
+            longer=longer,
             probe=self.probe if env.kind in ("maze", "memory-maze") else None,
         )
         return tuple(
@@ -85,6 +88,8 @@ class Scale:
 
 
 Runs = tuple[RunConfig, ...]
+Part = tuple[str, EnvConfig, Scale, EnvConfig | None]
+"""A group: its name, what is trained on and how, and what is tested on as well."""
 
 MICRO = Scale(
     Size(64, 2, d_state=64, hidden=128, latent=LatentConfig(groups=16, classes=16)),
@@ -143,10 +148,10 @@ def worlds_micro() -> FaceOff:
     rooms = _trained(MICRO, steps=600, batch_size=4)
     teleport = _trained(MICRO, steps=600, batch_size=8)
     parts = (
-        ("distracting-memory-20", DistractingMemory.Config(20, p_distractor=0.2, n_colours=2), hallway),
-        ("multi-doors-keys-2", MultiDoorsKeys.Config(2), doors),
-        ("two-rooms", Rooms.Config("two"), rooms),
-        ("two-rooms-teleport", Rooms.Config("two", teleport=True), teleport),
+        ("distracting-memory-20", _hallway(20), hallway, _hallway(40)),
+        ("multi-doors-keys-2", MultiDoorsKeys.Config(2), doors, MultiDoorsKeys.Config(3)),
+        ("two-rooms", Rooms.Config("two"), rooms, None),
+        ("two-rooms-teleport", Rooms.Config("two", teleport=True), teleport, None),
     )
     return _together("worlds-micro", "Four memory worlds, small models", parts, FEWER_ROWS)
 
@@ -154,7 +159,7 @@ def worlds_micro() -> FaceOff:
 def worlds_mini() -> FaceOff:
     """The smallest standard size of each family."""
     names = ("distracting-memory-100", "multi-doors-keys-3", "two-rooms", "two-rooms-teleport")
-    return _together("worlds-mini", "Four memory worlds", [(name, ENVS[name], MINI) for name in names], ROWS)
+    return _together("worlds-mini", "Four memory worlds", [(name, ENVS[name], MINI, None) for name in names], ROWS)
 
 
 def micro(env: str) -> FaceOff:
@@ -184,6 +189,11 @@ def _trained(scale: Scale, *, steps: int, batch_size: int, window: int = 64) -> 
     return replace(scale, train=train, batch_size=batch_size, window=window)
 
 
-def _together(name: str, title: str, parts: Sequence[tuple[str, EnvConfig, Scale]], rows: Sequence[str]) -> FaceOff:
-    runs = [run for group, env, scale in parts for run in scale.runs(name, group, env, rows)]
+def _hallway(width: int) -> EnvConfig:
+    """Two colours and few distractors, so that the hallway takes minutes to learn."""
+    return DistractingMemory.Config(width, p_distractor=0.2, n_colours=2)
+
+
+def _together(name: str, title: str, parts: Sequence[Part], rows: Sequence[str]) -> FaceOff:
+    runs = [run for group, env, scale, longer in parts for run in scale.runs(name, group, env, rows, longer)]
     return FaceOff(name, title, tuple(runs))
