@@ -46,6 +46,18 @@ def test_a_face_off_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch
     publish(directory, project)
     assert (project / "README.md").read_text() == text
 
+    marked = "<!-- results demo-smoke world -->\noutdated\n<!-- end results -->\n"
+    (project / "docs" / "other.md").write_text(marked)
+    publish(directory, project)
+    one = (project / "docs" / "other.md").read_text()
+    assert "| gru |" in one
+    assert "| mamba2 |" not in one
+    assert (project / "README.md").read_text() == text
+    (project / "docs" / "other.md").write_text(marked.replace("world", "worlds"))
+    with pytest.raises(RunError, match="no table 'worlds'; did you mean 'world'"):
+        publish(directory, project)
+    (project / "docs" / "other.md").unlink()
+
     (directory / "world" / "gru" / "seed0" / "results.json").unlink()
     before = (project / "results" / "demo-smoke.json").read_bytes()
     with pytest.raises(RunError, match=r"is not finished .*gru seed 0"):

@@ -5,6 +5,9 @@ Tables go where a Markdown file of the project says so, between two comments, so
     <!-- results demo -->
     (rewritten by ``recollect report runs/demo --publish .``)
     <!-- end results -->
+
+``<!-- results worlds-micro all-worlds -->`` asks for the table of that name alone: ``all-worlds``, a group, or
+``GROUP-longer``.
 """
 
 from __future__ import annotations
@@ -39,11 +42,17 @@ def publish(directory: Path, root: Path) -> list[Path]:
     commits, devices = sorted({str(r["commit"])[:12] for r in rows}), sorted({str(r["device"]) for r in rows})
     seeds = sorted({str(run.seed) for run in face.runs})
     made = f"Recipe `{face.name}`, commit {', '.join(commits)}, {', '.join(devices)}, seeds {', '.join(seeds)}."
-    block = f"> {answer_of(directory)}\n\n{markdown_tables(directory).rstrip()}\n\n{made}\n"
-    pattern = re.compile(rf"(<!-- results {re.escape(face.name)} -->\n).*?(<!-- end results -->)", re.DOTALL)
+    answer, every = answer_of(directory), markdown_tables(directory)
+    pattern = re.compile(
+        rf"(<!-- results {re.escape(face.name)}(?: ([\w.+-]+))? -->\n).*?(<!-- end results -->)", re.DOTALL
+    )
+
+    def block(found: re.Match[str]) -> str:
+        shown = markdown_tables(directory, found[2]) if found[2] else every
+        return f"{found[1]}> {answer}\n\n{shown.rstrip()}\n\n{made}\n{found[3]}"
+
     for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         if path.is_file() and pattern.search(text := path.read_text(encoding="utf-8")):
-            filled = pattern.sub(lambda m: f"{m[1]}{block}{m[2]}", text)
-            write_atomically(path, filled.encode())
+            write_atomically(path, pattern.sub(block, text).encode())
             written.append(path)
     return written

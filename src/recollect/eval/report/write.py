@@ -27,7 +27,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from recollect.core.errors import RecollectError
+from recollect.core.errors import RecollectError, RunError, nearest
 from recollect.core.files import write_atomically
 from recollect.eval.report.animation import Animation, animation
 from recollect.eval.report.browse import most_episodes
@@ -96,9 +96,15 @@ def terminal_table(directory: Path) -> RenderableType:
     return Group(Text(" ".join(answer(face)), style="bold"), *(_rich(table) for table in tables(face)))
 
 
-def markdown_tables(directory: Path) -> str:
-    """A Markdown table for each group, best in bold. Raises as ``write_report`` does."""
-    return "\n".join(_markdown(table) for table in tables(load_faceoff(directory)))
+def markdown_tables(directory: Path, only: str | None = None) -> str:
+    """A Markdown table for each group, best in bold, or the one called ``only``.
+
+    Raises RunError when there is none of that name, and as ``write_report`` does.
+    """
+    found = {table.group: table for table in tables(load_faceoff(directory))}
+    if only is not None and only not in found:
+        raise RunError(f"{directory} has no table '{only}'{nearest(only, found)}: it has {', '.join(found)}")
+    return "\n".join(_markdown(table) for name, table in found.items() if only in (None, name))
 
 
 def answer_of(directory: Path) -> str:
