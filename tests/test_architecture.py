@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
 """Room -> the other rooms it may import."""
 
 HEAVY = {"torch", "numpy", "gymnasium", "safetensors", "matplotlib", "numba"}
-REGISTRIES = {"layers": "LAYERS", "tasks": "TASKS", "envs": "ENVS", "recipes": "RECIPES"}
+REGISTRIES = {"layers": "LAYERS", "tasks": "TASKS", "envs": "ENVS", "recipes": "RECIPES", "text/suite": "SUITE"}
 MAX_LINES = 500
 
 
@@ -122,7 +122,7 @@ def test_help_and_the_list_of_recipes_import_nothing_heavy(module: str) -> None:
     assert not found, f"importing {module} imports {sorted(found)}"
 
 
-@pytest.mark.parametrize("room", ["envs", "tasks", "data"])
+@pytest.mark.parametrize("room", ["envs", "tasks", "data", "text"])
 def test_worlds_and_tasks_do_without_torch(room: str) -> None:
     """They are numpy; where a torch tensor is handed out, torch is imported by the function that does."""
     for name in MODULES:
