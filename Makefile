@@ -22,8 +22,9 @@ help:  ## show this list
 demo: $(VENV)/.installed-report  ## train the demonstration rows side by side and write runs/demo/report.html
 	$(BIN)/recollect faceoff demo --workers 2 --out runs/demo
 
-smoke: $(VENV)/.installed-report  ## the demonstration's code path end to end, in seconds
+smoke: $(VENV)/.installed-dev  ## the code paths of both demonstrations end to end, in seconds
 	$(BIN)/recollect faceoff demo-smoke --workers 2 --out runs/smoke
+	$(BIN)/recollect lm demo --steps 5 --documents 40 --out runs/smoke-lm
 
 test: $(VENV)/.installed-dev  ## run the tests (slow and gpu ones are left out: pytest -m slow, pytest -m gpu)
 	$(LEAN) $(BIN)/pytest -q -n $(JOBS)
@@ -41,8 +42,8 @@ bench: $(VENV)/.installed-dev  ## run the bench commands and every bench/*.py: a
 	  echo "$$script"; $(LEAN) $(BIN)/python "$$script" "runs/bench/$$(basename "$$script" .py).json"; \
 	done
 
-clean:  ## remove the environment, caches and runs/smoke (runs/demo and other runs stay)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist runs/smoke
+clean:  ## remove the environment, caches and smoke runs (runs/demo and other runs stay)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist runs/smoke runs/smoke-lm
 	find src tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from recollect.core.errors import ConfigError, DataError, RecollectError
-from recollect.hf.convert import PATTERNS, HaxOptions, convert, export, parse_hax
+from recollect.hf.convert import convert, export, joined, parse_hax
+from recollect.hf.loading import load_model
+from recollect.models.beside import PATTERNS, Beside
 
 VOCAB = 48
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -105,16 +107,16 @@ def test_logits_are_those_of_transformers(family: str, layout: str, tmp_path: Pa
 def test_a_branch_with_a_closed_gate_changes_not_one_bit(folder: Path, pattern: str, tmp_path: Path) -> None:
     tokens = torch.randint(1, VOCAB, (1, 300))
     convert(folder, tmp_path / "plain")
-    convert(folder, tmp_path / "hax", hax=HaxOptions(8, pattern))
+    convert(folder, tmp_path / "hax", hax=Beside(8, pattern))
     assert torch.equal(logits(tmp_path / "hax", tokens), logits(tmp_path / "plain", tokens))
-    convert(folder, tmp_path / "open", hax=HaxOptions(8, pattern, gate=1.0))
+    convert(folder, tmp_path / "open", hax=Beside(8, pattern, gate=1.0))
     assert (logits(tmp_path / "open", tokens) - logits(tmp_path / "plain", tokens)).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_queries_and_keys_begin_as_the_mixers_own(family: str, folder: Path, tmp_path: Path) -> None:
     """Of the activations that the attention reads: exactly in Mamba; in Mamba-2 before convolution and SiLU."""
-    convert(folder, tmp_path / "hax", hax=HaxOptions(8))
+    convert(folder, tmp_path / "hax", hax=Beside(8))
     mixer: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hax").backbone.layers[1].mixer
     x = torch.randn(3, 24)
     if family == "mamba":
@@ -132,7 +134,7 @@ def test_exported_again_transformers_reads_the_same_model(
     family: str, folder: Path, joined: bool, tmp_path: Path, tokens: torch.Tensor
 ) -> None:
     (folder / "tokenizer.json").write_text("{}")
-    convert(folder, tmp_path / "ours", hax=HaxOptions(8) if joined else None)
+    convert(folder, tmp_path / "ours", hax=Beside(8) if joined else None)
     export(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     before, after = (load_file(p / "model.safetensors") for p in (folder, tmp_path / "back"))
@@ -140,6 +142,18 @@ def test_exported_again_transformers_reads_the_same_model(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "back")).__name__.lower() == f"{family}forcausallm"
     torch.testing.assert_close(logits(tmp_path / "back", tokens), logits(folder, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_put_beside_a_model_of_ours_is_that_of_conversion(
+    folder: Path, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    convert(folder, tmp_path / "plain")
+    convert(folder, tmp_path / "hax", hax=Beside(8, gate=1.0), seed=7)
+    found = joined(load_model(tmp_path / "plain"), Beside(8, gate=1.0), seed=7).eval()
+    with torch.no_grad():
+        assert torch.equal(found(tokens).logits, logits(tmp_path / "hax", tokens))
+    with pytest.raises(ConfigError, match="all one Mamba"):
+        joined(found, Beside(8))
 
 
 def test_the_type_is_kept_or_chosen(folder: Path, tmp_path: Path) -> None:
@@ -256,12 +270,12 @@ def test_only_what_transformers_can_build_is_exported(folder: Path, tmp_path: Pa
 
 
 def test_options_of_the_command_line() -> None:
-    assert parse_hax([]) == HaxOptions()
-    assert parse_hax(["k=64", "pattern=SW+D", "gate=0.5", "planes=fixed"]) == HaxOptions(64, "SW+D", 0.5, "fixed")
+    assert parse_hax([]) == Beside()
+    assert parse_hax(["k=64", "pattern=SW+D", "gate=0.5", "planes=fixed"]) == Beside(64, "SW+D", 0.5, "fixed")
     for wrong, message in (("k", "give k=N"), ("keys=3", "give k=N"), ("k=many", "'many' is not a number")):
         with pytest.raises(ConfigError, match=message):
             parse_hax([wrong])
-    assert replace(HaxOptions(), n_keys=64) != HaxOptions()
+    assert replace(Beside(), n_keys=64) != Beside()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from recollect import __version__
 from recollect.core.errors import RecollectError
 
-COMPUTING = frozenset({"train", "resume", "eval", "imagine", "faceoff", "bench"})
+COMPUTING = frozenset({"train", "resume", "eval", "imagine", "faceoff", "bench", "lm"})
 """Commands that run models, and so want the allocator settings of ``recollect.train.runtime``."""
 
 
@@ -33,8 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return execute(command)
     except RecollectError as error:
-        print(f"recollect: {' '.join(str(error).split())}", file=sys.stderr)
+        from recollect.train.stopping import is_told
+
+        if not is_told(error):
+            print(f"recollect: {' '.join(str(error).split())}", file=sys.stderr)
         return 130 if type(error).__name__ == "StoppedError" else 2
     except KeyboardInterrupt:
-        print("recollect: stopped; the same command goes on where it was", file=sys.stderr)
+        from recollect.train.runtime import is_first_process
+
+        if is_first_process():
+            print("recollect: stopped; the same command goes on where it was", file=sys.stderr)
         return 130

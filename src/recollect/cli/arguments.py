@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
 from recollect.cli.data_arguments import DATA, ENVS, Data, Envs, NestedCommand
+from recollect.cli.lm_arguments import LM, Lm, LmCommand
 
 Overrides: TypeAlias = Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")]
 Where: TypeAlias = Annotated[Positional[Path], arg(metavar="DIR")]
@@ -20,6 +21,8 @@ Folder: TypeAlias = Annotated[Path, arg(metavar="DIR")]
 Names: TypeAlias = Annotated[tuple[str, ...], arg(metavar="NAME[,NAME ...]")]
 Sizes: TypeAlias = Annotated[tuple[str, ...], arg(metavar="N[,N ...]|A..B")]
 OneWay: TypeAlias = FlagCreatePairsOff[bool]
+ParallelWay: TypeAlias = Literal["off", "ddp", "fsdp"]
+Parts: TypeAlias = Annotated[int, arg(metavar="N")]
 DataWorkers: TypeAlias = Annotated[int, arg(metavar="N")]
 CompileWay: TypeAlias = Literal["off", "default", "graphs"]
 RecipeName: TypeAlias = Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -60,6 +63,12 @@ class Train:
     """Processes that make the next batches ahead; 0: none. Changes no number, and may differ when resuming."""
     compile: CompileWay = "off"
     """default: torch.compile. graphs: with CUDA graphs. What it computes differs by rounding."""
+    parallel: ParallelWay = "off"
+    """ddp or fsdp: share the run with the processes that torchrun started. May differ when resuming."""
+    accumulate: Parts = 1
+    """Parts in which each process computes its rows of a batch, one after the other."""
+    recompute: bool = False
+    """Compute layers again for their gradients instead of keeping what they computed."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,12 @@ class Resume:
     """Processes that make the next batches ahead; 0: none. Changes no number, and may differ when resuming."""
     compile: CompileWay = "off"
     """default: torch.compile. graphs: with CUDA graphs. What it computes differs by rounding."""
+    parallel: ParallelWay = "off"
+    """ddp or fsdp: share the run with the processes that torchrun started. May differ when resuming."""
+    accumulate: Parts = 1
+    """Parts in which each process computes its rows of a batch, one after the other."""
+    recompute: bool = False
+    """Compute layers again for their gradients instead of keeping what they computed."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +243,20 @@ class BenchWorldmodel(_Measuring):
 
 Measurement: TypeAlias = BenchLayers | BenchAttention | BenchDecode | BenchWorldmodel
 Command: TypeAlias = (
-    List | Train | Resume | Eval | Imagine | FaceOff | Report | Bench | Measurement | Data | Envs | NestedCommand
+    List
+    | Train
+    | Resume
+    | Eval
+    | Imagine
+    | FaceOff
+    | Report
+    | Bench
+    | Measurement
+    | Data
+    | Envs
+    | NestedCommand
+    | Lm
+    | LmCommand
 )
 
 _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
@@ -298,6 +326,18 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
         "Play an environment. Options: recollect envs play --help. What there is: recollect list envs.",
         "recollect envs play distracting-memory-100\nrecollect envs play distracting-memory-100 --script",
     ),
+    "lm": (
+        Lm,
+        "Language models: convert public Mamba checkpoints, add sparse attention, train, ask, let write. Options: "
+        "recollect lm WHAT --help.",
+        "recollect lm random --out tiny\n"
+        "recollect lm convert tiny --out tiny-hax --hax k=64\n"
+        "recollect lm corpus --out corpus.jsonl\n"
+        "recollect lm tokenize corpus.jsonl --out data/corpus\n"
+        "recollect lm train --data data/corpus --model tiny-hax --out runs/lm\n"
+        "recollect lm eval runs/lm/model --suite tiny --lengths 512 1024\n"
+        'recollect lm generate runs/lm/model --prompt "In Paris"',
+    ),
 }
 
 _MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
@@ -327,7 +367,12 @@ _MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
     ),
 }
 
-_NESTED: dict[str, dict[str, tuple[Any, str, str]]] = {"bench": {**_MEASUREMENTS}, "data": {**DATA}, "envs": {**ENVS}}
+_NESTED: dict[str, dict[str, tuple[Any, str, str]]] = {
+    "bench": {**_MEASUREMENTS},
+    "data": {**DATA},
+    "envs": {**ENVS},
+    "lm": {**LM},
+}
 
 _ADDRESS = re.compile(r"auto|local|ray://.+|[^/]+:\d+")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -337,7 +382,7 @@ def parse(argv: Sequence[str]) -> Command:
     """The command that ``argv`` spells. Prints help and exits 0, or an explanation and exits 2, as is usual."""
     words, assignments = list(argv), ()
     chosen = words[0] if words and words[0] in _DESCRIPTIONS else None
-    if chosen in ("train", "faceoff") or words[:2] in (["data", "make"], ["envs", "play"]):
+    if chosen in ("train", "faceoff") or words[:2] in (["data", "make"], ["envs", "play"], ["lm", "train"]):
         # Taken out first, so that they may stand anywhere: also after options that take several values.
         assignments = tuple(word for word in words if _ASSIGNMENT.match(word))
         words = [word for word in words if not _ASSIGNMENT.match(word)]

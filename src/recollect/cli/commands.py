@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from recollect.cli import arguments, data_arguments
+from recollect.cli import arguments, data_arguments, lm_arguments
 from recollect.core.errors import RecollectError
 from recollect.train.directory import RunDirectory, load_run, read_json
 from recollect.train.run import RunConfig, default_directory
@@ -26,7 +26,7 @@ def execute(command: arguments.Command) -> int:
         case arguments.Train():
             return _train(command)
         case arguments.Resume():
-            return _go(_run_of(command.directory), command.directory, command)
+            return carry_out(_run_of(command.directory), command.directory, command)
         case arguments.Eval():
             return _eval(command)
         case arguments.Imagine():
@@ -35,7 +35,7 @@ def execute(command: arguments.Command) -> int:
             return _faceoff(command)
         case arguments.Report():
             return _report(command.directory, command.publish)
-        case arguments.Bench() | data_arguments.Data() | data_arguments.Envs():
+        case arguments.Bench() | data_arguments.Data() | data_arguments.Envs() | lm_arguments.Lm():
             raise AssertionError("parsed as what it does")
         case data_arguments.EnvsPlay():
             from recollect.cli.play import play
@@ -47,6 +47,20 @@ def execute(command: arguments.Command) -> int:
             from recollect.cli.bench import bench
 
             return bench(command)
+        case (
+            lm_arguments.LmDemo()
+            | lm_arguments.LmRandom()
+            | lm_arguments.LmConvert()
+            | lm_arguments.LmExport()
+            | lm_arguments.LmCorpus()
+            | lm_arguments.LmTokenize()
+            | lm_arguments.LmTrain()
+            | lm_arguments.LmEval()
+            | lm_arguments.LmGenerate()
+        ):
+            from recollect.cli.lm import lm
+
+            return lm(command)
         case _:
             from recollect.cli.data import data
 
@@ -79,13 +93,16 @@ def _train(command: arguments.Train) -> int:
 
     run = replace(load_recipe(command.recipe).pick(command.row, command.group), seed=command.seed)
     run = override(run, command.overrides)
-    return _go(run, command.out or default_directory(run), command)
+    return carry_out(run, command.out or default_directory(run), command)
 
 
-def _go(run: RunConfig, directory: Path, command: arguments.Train | arguments.Resume) -> int:
+def carry_out(
+    run: RunConfig, directory: Path, command: arguments.Train | arguments.Resume | lm_arguments.LmTrain
+) -> int:
+    """Train a run where it is to be, as the command says, and print what comes of it."""
     from recollect.cli.progress import counting
     from recollect.train.loop import train
-    from recollect.train.runtime import stop_on_signals
+    from recollect.train.runtime import is_first_process, stop_on_signals
 
     with stop_on_signals() as stop:
         results = train(
@@ -94,12 +111,16 @@ def _go(run: RunConfig, directory: Path, command: arguments.Train | arguments.Re
             device=command.device,
             data_workers=command.data_workers,
             compile=command.compile,
+            parallel=command.parallel,
+            accumulate=command.accumulate,
+            recompute=command.recompute,
             progress=_print_record,
             counting=counting,
             stop=stop,
         )
-    print(f"{directory}: finished after {results['steps']} steps, {results['wall_s']:.0f} s of training")
-    _print_metrics(results["metrics"])
+    if is_first_process():
+        print(f"{directory}: finished after {results['steps']} steps, {results['wall_s']:.0f} s of training")
+        _print_metrics(results["metrics"])
     return 0
 
 

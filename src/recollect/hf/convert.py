@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +15,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recollect.core.config import to_dict
 from recollect.core.errors import ConfigError, DataError
 from recollect.core.layer import BranchedConfig, LayerConfig
 from recollect.hf.configuration import RecollectConfig
 from recollect.hf.layouts import Described, describe, transformers_config
+from recollect.hf.loading import quiet
 from recollect.hf.modeling import KEPT_IN_FP32, RecollectForCausalLM
 from recollect.hf.weights import read_json, read_weights
 from recollect.layers.hax import HAX
 from recollect.layers.mamba import Mamba
 from recollect.layers.mamba2 import Mamba2
-from recollect.ops.patterns import Lsh, find, published_pattern
+from recollect.models.beside import Beside
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 SHOWN = 4
 """Keys that an error lists before it only counts."""
 
 
-@dataclass(frozen=True)
-class HaxOptions:
-    """Sparse attention to put beside every layer: ``pattern`` as the paper names them, ``n_keys`` per query.
-
-    ``gate`` 0 leaves the model's outputs as they are until training moves it. ``planes`` are the paper's, drawn anew at
-    every training step, unless activations are to be recomputed: then "fixed".
-    """
-
-    n_keys: int = 128
-    pattern: str = "HAX"
-    gate: float = 0.0
-    planes: str = "redrawn"
-
-    def around(self, mixer: BranchedConfig) -> HAX.Config:
-        """The layer: the paper's language setting (section 5.2, appendix D.2) with this pattern."""
-        base = HAX.Config.published_language(mixer.d_model, mixer, self.n_keys)
-        patterns = published_pattern(self.pattern, self.n_keys)
-        lsh = find(base.patterns, Lsh)
-        assert lsh is not None
-        patterns = tuple(replace(p, n_bits=lsh.n_bits, rule=lsh.rule) if isinstance(p, Lsh) else p for p in patterns)
-        hashed, selected = find(patterns, Lsh) is not None, any(p.kind == "key-selection" for p in patterns)
-        return replace(
-            base,
-            patterns=patterns,
-            gate_init=self.gate,
-            planes=self.planes if hashed else "fixed",
-            selection_target=base.selection_target if selected else "mean",
-        )
-
-
 def convert(
     source: str | Path,
     out: Path,
     *,
-    hax: HaxOptions | None = None,
+    hax: Beside | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
     seed: int = 0,
@@ -102,7 +73,8 @@ def convert(
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if name.endswith(KEPT_IN_FP32) else dtype)
         config.dtype = dtype
-        model.save_pretrained(partial)
+        with quiet():
+            model.save_pretrained(partial)
         copy_tokenizer(folder, partial, tokenizer, config.vocab_size, say)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters in {out}")
     return config
@@ -167,6 +139,23 @@ def _compare(wanted: set[str], there: set[str], where: str) -> None:
     ]
     if problems:
         raise DataError(f"{where}: weights do not fit config.json: {'; '.join(problems)}")
+
+
+def joined(model: RecollectForCausalLM, beside: Beside, seed: int = 0) -> RecollectForCausalLM:
+    """The same model with attention beside every layer, as ``convert`` puts it there; it shares no weights.
+
+    Raises ConfigError where its layers are not all one mixer that attention can join.
+    """
+    layers = set(model.config.layer_configs())
+    layer = layers.pop()
+    if layers or not isinstance(layer, BranchedConfig):
+        raise ConfigError("attention can be put beside the layers of models whose layers are all one Mamba or Mamba-2")
+    options = {**model.config.to_dict(), "layers": [to_dict(beside.around(layer))] * model.config.num_hidden_layers}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = RecollectForCausalLM(RecollectConfig.from_dict(options))
+    place(found, dict(model.named_parameters()), layer, True)
+    return found
 
 
 @torch.no_grad()
@@ -289,7 +278,7 @@ def _umask() -> int:
     return mask
 
 
-def parse_hax(assignments: Iterable[str]) -> HaxOptions:
+def parse_hax(assignments: Iterable[str]) -> Beside:
     """``k=128``, ``pattern=SW+D``, ``gate=0``, ``planes=fixed`` as options. ConfigError for anything else."""
     names = {"k": "n_keys", "n_keys": "n_keys", "pattern": "pattern", "gate": "gate", "planes": "planes"}
     values: dict[str, Any] = {}
@@ -301,8 +290,4 @@ def parse_hax(assignments: Iterable[str]) -> HaxOptions:
             values[names[name]] = {"n_keys": int, "gate": float}.get(names[name], str)(text)
         except ValueError:
             raise ConfigError(f"--hax {assignment}: '{text}' is not a number") from None
-    return HaxOptions(**values)
-
-
-PATTERNS: Sequence[str] = ("D", "SW", "SW+D", "A", "LSH", "KS", "HAX")
-"""The rows of the paper's tables."""
+    return Beside(**values)

@@ -26,6 +26,7 @@ from recollect.core.layer import LayerConfig, LayerOut, SequenceLayer
 from recollect.core.types import Aux, State
 from recollect.hf.cache import StateLayer
 from recollect.hf.configuration import RecollectConfig
+from recollect.models.chunked_loss import masked_cross_entropy
 
 SHIM = '''"""What trust_remote_code loads this checkpoint through; recollect must be installed."""
 
@@ -274,6 +275,19 @@ class RecollectForCausalLM(RecollectPreTrainedModel, GenerationMixin):
         )
         as_tuple = return_dict is False or (return_dict is None and self.config.return_dict is False)
         return out.to_tuple() if as_tuple else out
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, mask: Tensor, reset: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As ``LanguageModel.loss``: mean cross-entropy of ``labels`` (B, L; not shifted) over masked positions plus
+        the layers' own losses, and its parts, detached. The logits of long rows never exist all at once.
+        """
+        found = self.backbone(tokens, use_cache=False, return_dict=True, reset=reset)
+        h = found.last_hidden_state.to(self.lm_head.weight.dtype)
+        cross_entropy, accuracy = masked_cross_entropy(h, self.lm_head.weight, labels, mask)
+        aux = found.aux or {}
+        metrics = {"cross_entropy": cross_entropy, "accuracy": accuracy, **aux}
+        return self._with_aux(cross_entropy, aux), {name: value.detach() for name, value in metrics.items()}
 
     def _with_aux(self, loss: Tensor, aux: Mapping[str, Tensor]) -> Tensor:
         for value in aux.values():

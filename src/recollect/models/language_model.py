@@ -13,12 +13,14 @@ from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
 from recollect.core.types import Aux, State
 from recollect.models.backbone import Backbone
+from recollect.models.chunked_loss import masked_cross_entropy
 
 
 class LanguageModel(nn.Module):
     """Token embedding, backbone, and an output head tied to the embedding: logits = h E^T.
 
-    ``loss`` reads only the positions where ``mask`` is true and makes logits for no others.
+    ``loss`` reads only the positions where ``mask`` is true and makes logits for no others, and for long texts never
+    for all of them at once.
     """
 
     @dataclass(frozen=True)
@@ -72,12 +74,11 @@ class LanguageModel(nn.Module):
         parts, detached. ``reset`` (B, L) is true where a packed row begins another sample.
         """
         h, _, aux = self.hidden(tokens, reset=reset)
-        logits, wanted = self.head(h[mask]), labels[mask]
-        cross_entropy = F.cross_entropy(logits, wanted)
+        cross_entropy, accuracy = masked_cross_entropy(h, self.embedding.weight, labels, mask)
         total = cross_entropy
         for value in aux.values():
             total = total + self.config.aux_weight * value
-        metrics = {"cross_entropy": cross_entropy, "accuracy": (logits.argmax(-1) == wanted).float().mean(), **aux}
+        metrics = {"cross_entropy": cross_entropy, "accuracy": accuracy, **aux}
         return total, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()

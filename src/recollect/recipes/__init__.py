@@ -19,6 +19,8 @@ RECIPES: dict[str, str] = {
     "recall-micro": "recollect.recipes.recall:recall_micro",
     "recall-mini": "recollect.recipes.recall:recall_mini",
     "recall-published": "recollect.recipes.recall:recall_published",
+    "language-micro": "recollect.recipes.language:language_micro",
+    "language-smoke": "recollect.recipes.language:language_smoke",
     "worlds-micro": "recollect.recipes.worlds:worlds_micro",
     "worlds-mini": "recollect.recipes.worlds:worlds_mini",
 }

@@ -7,7 +7,7 @@ replaced atomically, so a killed process leaves the old one or the new one.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,13 @@ from recollect.core.errors import RunError
 from recollect.core.files import locked, write_atomically
 from recollect.train.run import RunConfig
 
-OUR_KINDS = ("recollect.layers", "recollect.models.presets", "recollect.train.recall", "recollect.train.world")
+OUR_KINDS = (
+    "recollect.layers",
+    "recollect.models.presets",
+    "recollect.train.recall",
+    "recollect.train.world",
+    "recollect.train.language",
+)
 """The modules that define, or import, every kind of config that a run of this package may name."""
 
 
@@ -103,6 +109,14 @@ class RunDirectory:
                 f"{self.path} holds a run of another config ({'; '.join(changed[:3])}{more}); "
                 f"choose another --out or delete that directory"
             )
+
+    def record_start(self, facts: Mapping[str, Any]) -> None:
+        """Describe a start in ``environment.json``; the starts it resumes move to its list ``earlier``."""
+        earlier: list[Any] = []
+        if self.environment.exists():
+            last = read_json(self.environment)
+            earlier = [*last.pop("earlier"), last]
+        write_atomically(self.environment, json.dumps({**facts, "earlier": earlier}, indent=2).encode())
 
     def finished(self, run: RunConfig) -> dict[str, Any] | None:
         """What ``results.json`` holds when this very run has ended; None while it has not."""

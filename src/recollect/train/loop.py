@@ -8,6 +8,10 @@ resumption can repeat.
 Device, compilation and data workers are arguments and not part of the config: they say how a run is carried out, not
 which run it is, and one may be resumed under others. Workers do not change a bit; the other two change rounding, as
 another machine does. ``environment.json`` records them for every start.
+
+So are ``parallel``, ``accumulate`` and ``recompute``: the batch of a step is the run's, however many processes and
+parts share it, and sums in another order are the only difference where the loss draws nothing row by row. The first
+process validates, writes and reports (``docs/distributed.md``).
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +30,29 @@ import torch
 from torch import Tensor, nn
 
 from recollect.core.config import fingerprint
-from recollect.core.errors import RunError
+from recollect.core.errors import ConfigError, RunError
 from recollect.core.files import write_atomically
 from recollect.core.seeding import Streams
 from recollect.train import checkpoint as ckpt
 from recollect.train.batches import digest, to_safetensors
-from recollect.train.compilation import Compile, as_written, check_compile, compile_modules, compiled_step
+from recollect.train.compilation import Compile, as_written, check_compile, compile_modules
 from recollect.train.directory import RunDirectory, load_run, read_json
+from recollect.train.gradients import gradients
 from recollect.train.metrics import MetricsLog, finite
 from recollect.train.optimizer import build_optimizer, learning_rate
+from recollect.train.parallel import checkpoints
+from recollect.train.parallel.model import SharedModel, full, local
+from recollect.train.parallel.team import Parallel, Team, joined
 from recollect.train.prefetch import Take, batches, check_workers
-from recollect.train.problem import Counting, Evaluation, Problem
+from recollect.train.problem import Counting, Evaluation, Problem, Share
+from recollect.train.recompute import recompute_layers
 from recollect.train.run import RunConfig
 from recollect.train.runtime import environment, resolve_device
+from recollect.train.shares import Cut
+from recollect.train.stopping import StoppedError, stoppable
 from recollect.train.watch import Bad, FiniteWatch
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-class StoppedError(RunError):
-    """The run was asked to stop and left a checkpoint behind; the same command goes on from it."""
 
 
 def train(
@@ -55,6 +62,9 @@ def train(
     device: str = "cpu",
     data_workers: int = 0,
     compile: Compile = "off",  # noqa: A002
+    parallel: Parallel = "off",
+    accumulate: int = 1,
+    recompute: bool = False,
     progress: Progress | None = None,
     counting: Counting | None = None,
     stop: Callable[[], bool] | None = None,
@@ -62,49 +72,52 @@ def train(
     """Carry out ``run`` in ``directory``, going on from its newest checkpoint; returns what ``results.json`` holds.
 
     A finished run is not run again. ``data_workers`` processes make batches ahead (0: this one makes them);
-    ``compile`` is "off", "default" (``torch.compile``) or "graphs" (with CUDA graphs). ``progress`` is called with
-    every record of ``metrics.jsonl``, ``counting`` shows how far data is that has to be made first; ``stop`` is asked
-    after every step and every piece of that data. A script that uses data workers must start
-    under ``if __name__ == "__main__":``, as they import it.
+    ``compile`` is "off", "default" (``torch.compile``) or "graphs" (with CUDA graphs). With ``parallel`` "ddp" or
+    "fsdp" every process that torchrun started calls this with the same arguments, and gets the same results; each
+    computes its rows of every batch, in ``accumulate`` parts one after the other. ``recompute`` keeps no activations
+    inside the layers of a backbone. ``progress`` is called with every record of ``metrics.jsonl``, in the first
+    process; ``counting`` shows how far data is that has to be made first; ``stop`` is asked after every step and every
+    piece of that data, and any process may say yes. A script that uses data workers must start under
+    ``if __name__ == "__main__":``, as they import it.
 
     Raises StoppedError when ``stop`` says yes, and RunError when the directory belongs to another config or process, a
     checkpoint is damaged, a worker dies, or the loss is no longer finite (the last good checkpoint is kept and the
     offending batch saved).
     """
     where = RunDirectory(directory)
-    on = resolve_device(device)
-    check_workers(data_workers)
-    check_compile(compile, on)
-    where.claim(run)
-    with where.lock():
-        if (results := where.finished(run)) is not None:
+    with joined(parallel, device) as (team, own), ExitStack() as held:
+        with team.together():
+            on = resolve_device(own)
+            check_workers(data_workers)
+            check_compile(compile, on)
+            _check_parts(parallel, compile, accumulate)
+            if team.first:
+                where.claim(run)
+                held.enter_context(where.lock())
+        with team.together():
+            results = where.finished(run) if team.first else None
+            if team.first and results is None:
+                if counting is not None:
+                    run.problem.build().make_data(stoppable(counting, stop, directory), data_workers)
+                carried_out = {"data_workers": data_workers, "compile": compile, "parallel": parallel}
+                carried_out |= {"processes": team.size, "accumulate": accumulate, "recompute": recompute}
+                where.record_start({**environment(on), **carried_out})
+        if (results := _from_first(team, results)) is not None:
             return results
-        if counting is not None:
-            run.problem.build().make_data(_stoppable(counting, stop, directory), data_workers)
-        _record_environment(where, on, {"data_workers": data_workers, "compile": compile})
-        with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):
-            loop = _Loop(run, where, on, compile)
-            with batches(run, loop.problem, loop.step + 1, on, data_workers) as take:
-                return loop.run(take, progress or (lambda _: None), stop or (lambda: False))
+        held.enter_context(torch.random.fork_rng(devices=[on] if on.type == "cuda" else []))
+        loop = _Loop(run, where, on, compile, team, recompute)
+        cut = Cut(team.size * accumulate, team.rank * accumulate, accumulate)
+        with batches(run, loop.problem, loop.step + 1, on, data_workers, cut) as take:
+            return loop.run(take, progress or (lambda _: None), stop or (lambda: False))
 
 
-def _stoppable(counting: Counting, stop: Callable[[], bool] | None, directory: Path) -> Counting:
-    """The same, but that a count ends with StoppedError where ``stop`` says yes."""
-
-    @contextmanager
-    def counted(title: str) -> Generator[Callable[[int, int], None]]:
-        with counting(title) as show:
-
-            def ask(done: int, total: int) -> None:
-                show(done, total)
-                if stop is not None and stop() and done < total:
-                    raise StoppedError(
-                        f"stopped after {done} of {total} of the data that {directory} needs; the same command goes on"
-                    )
-
-            yield ask
-
-    return counted
+def _check_parts(parallel: Parallel, compile: Compile, accumulate: int) -> None:  # noqa: A002
+    if accumulate < 1:
+        raise ConfigError(f"--accumulate must be at least 1, got {accumulate}")
+    if compile != "off" and parallel == "fsdp":
+        raise ConfigError(f"--compile {compile} does not go with --parallel fsdp; use --parallel ddp or --compile off")
+    if compile == "graphs" and (parallel != "off" or accumulate > 1):
+        raise ConfigError("--compile graphs is for one process and --accumulate 1; use --compile default or off")
 
 
 def load_trained(
@@ -144,13 +157,25 @@ def evaluate_run(directory: Path, *, best: bool | None = None, device: str = "cp
 class _Loop:
     """The moving parts of one run."""
 
-    def __init__(self, run: RunConfig, where: RunDirectory, device: torch.device, compile: Compile) -> None:  # noqa: A002
-        self.run_config, self.config, self.where, self.device = run, run.train, where, device
+    def __init__(
+        self,
+        run: RunConfig,
+        where: RunDirectory,
+        device: torch.device,
+        compile: Compile,  # noqa: A002
+        team: Team,
+        recompute: bool,
+    ) -> None:
+        self.run_config, self.config, self.where, self.device, self.team = run, run.train, where, device, team
         self.streams = Streams(run.seed)
         self.problem = run.problem.build()
         self.model = _initial_model(self.problem, self.streams).to(device)
         self.compile: Compile = compile
-        compile_modules(self.problem.compiled(self.model), compile)
+        self.shared = SharedModel(team, self.problem, self.model, device)
+        with team.together():
+            if recompute:
+                recompute_layers(self.problem.layers(self.model))
+            compile_modules(self.problem.compiled(self.model), compile)
         self.optimizer = build_optimizer(self.model, self.config)
         self.average = self._copy() if self.config.ema else {}
         self.watch = FiniteWatch(device)
@@ -165,17 +190,20 @@ class _Loop:
 
     def run(self, take: Take, progress: Progress, stop: Callable[[], bool]) -> dict[str, Any]:
         """Train to the end, score, and write the results. ``take`` gives the batch of a step."""
-        with MetricsLog(self.where.metrics, self.step) as log:
+        with MetricsLog(self.where.metrics, self.step) if self.team.first else nullcontext() as log:
 
             def record(entry: dict[str, Any]) -> None:
-                log.write(entry)
-                progress(entry)
+                if log is not None:
+                    log.write(entry)
+                    progress(entry)
 
             window = (self.step, time.monotonic())
             done = self._done()
             while not done:
                 self.step += 1
-                numbers = self._advance(take(self.step))
+                with self.team.together():
+                    shares = take(self.step)
+                numbers = self._advance(shares)
                 # Asked once per step: under a time limit the answer may change before the step is over.
                 done = self._done()
                 validating = self._validation_due(done)
@@ -183,7 +211,7 @@ class _Loop:
                 if validating or logging:
                     self._look()
                 if logging:
-                    numbers = _floats(numbers)
+                    numbers = self.team.means(_floats(numbers))
                     now = time.monotonic()
                     speed = (self.step - window[0]) / max(now - window[1], 1e-9)
                     window = (self.step, now)
@@ -191,10 +219,11 @@ class _Loop:
                 if validating:
                     record(self._validate())
                     window = (self.step, time.monotonic())
-                leaving = stop()
+                leaving = self.team.any(stop())
                 if leaving or done or self.step % self.config.checkpoint_every == 0:
                     self._look()
-                    log.sync()
+                    if log is not None:
+                        log.sync()
                     self._save()
                     window = (self.step, time.monotonic())
                 if leaving and not done:
@@ -213,8 +242,10 @@ class _Loop:
         return self.earlier_s + time.monotonic() - self.started
 
     def _done(self) -> bool:
-        limit = self.config.time_limit_s
-        return self.step >= self.config.steps or (limit is not None and self.step > 0 and self.wall_s >= limit)
+        limit, first = self.config.time_limit_s, self.team.first
+        if self.step >= self.config.steps or limit is None:
+            return self.step >= self.config.steps
+        return self.team.any(first and self.step > 0 and self.wall_s >= limit)
 
     def _validation_due(self, done: bool) -> bool:
         """At every ``eval_every``-th step and at the last one, each once."""
@@ -222,35 +253,33 @@ class _Loop:
         seen = self.validation["step"] if self.validation else 0
         return every > 0 and seen != self.step and (done or self.step % every == 0)
 
-    def _advance(self, batch: Any) -> dict[str, Any]:
+    def _advance(self, shares: list[Share]) -> dict[str, Any]:
         """One optimizer step; returns what there is to log, still on the device."""
         config, step = self.config, self.step
         rate = learning_rate(config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        torch.manual_seed(self.streams.number("sample", "global", step))
-        generator = self.streams.torch("sample", step, device=str(self.device))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with compiled_step(self.compile):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.autocast == "bf16"):
-                loss, numbers = self.problem.loss(self.model, batch, generator)
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-        self.watch.note(step, loss.detach(), norm)
+        loss, numbers = gradients(self.shared, shares, self.streams, step, config.autocast == "bf16", self.compile)
+        loss = self.team.mean(loss)
+        norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
+        self.watch.note(step, loss, norm)
         if self.watch.each_step:
             self._look()
         self.optimizer.step()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in self.average:
-                    self.average[name].lerp_(parameter, 1 - config.ema)
+                    local(self.average[name]).lerp_(local(parameter), 1 - config.ema)
         return {**numbers, "loss": loss, "lr": rate, "grad_norm": norm}
 
     def _look(self) -> None:
         """Stop the run if a step since the last look was not finite. Comes before everything that is written."""
         if (bad := self.watch.first_bad()) is not None:
-            raise self._broken(bad)
+            with self.team.together():
+                if self.team.first:
+                    raise self._broken(bad)
 
     def _broken(self, bad: Bad) -> RunError:
         # Made again: several batches may have come after it.
@@ -268,30 +297,54 @@ class _Loop:
         )
 
     @contextmanager
-    def _for_scoring(self, tag: int | str = "global") -> Generator[nn.Module]:
-        """The model in eval mode, without gradients, under averaged weights where there are any."""
+    def _for_scoring(self, tag: int | str = "global") -> Generator[nn.Module | None]:
+        """The model in eval mode, without gradients, under averaged weights where there are any; whole in the first
+        process, None in the others.
+        """
+        seed = self.streams.number("eval", tag)
+        if self.team.kind == "fsdp":
+            model = self._gathered()
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                yield model
+            return
+        if not self.team.first:
+            yield None
+            return
         own = self._copy() if self.average else {}
         self._put(self.average)
         self.model.eval()
-        torch.manual_seed(self.streams.number("eval", tag))
+        torch.manual_seed(seed)
         with torch.no_grad(), as_written(self.compile):
             yield self.model
         self._put(own)
 
+    def _gathered(self) -> nn.Module | None:
+        """A whole copy of the sharded model, averages in it, in the first process."""
+        if (state := self.shared.whole(self.average)) is None:
+            return None
+        model = _initial_model(self.problem, self.streams).to(self.device)
+        model.load_state_dict(state)
+        return model.eval()
+
     def _validate(self) -> dict[str, Any]:
         """Score on validation data, and keep the weights if they are the best so far; returns what there is to log."""
-        with self._for_scoring(self.step) as model:
-            metrics = self.problem.evaluate(model, self.streams, final=False).metrics
-            value = metrics.get(self.problem.headline)
-            facts: dict[str, Any] = finite({"step": self.step, "metric": self.problem.headline, "value": value})
-            self.validation = facts
-            if facts["value"] is not None and self._improves(facts["value"]):
-                self.best = facts
-                weights = ckpt.Checkpoint(ckpt.prefixed("model", model.state_dict()), facts)
-                # Under a name of its own: until it is whole, the one before it stays.
-                ckpt.save(self.where.checkpoints, ckpt.stem_of(self.step, "best"), weights)
-                ckpt.prune(self.where.checkpoints, 1, "best")
-        return {"step": self.step, "split": "valid", "eval": metrics, "headline": value}
+        entry: dict[str, Any] = {}
+        with self.team.together(), self._for_scoring(self.step) as model:
+            if model is not None:
+                metrics = self.problem.evaluate(model, self.streams, final=False).metrics
+                value = metrics.get(self.problem.headline)
+                facts: dict[str, Any] = finite({"step": self.step, "metric": self.problem.headline, "value": value})
+                self.validation = facts
+                if facts["value"] is not None and self._improves(facts["value"]):
+                    self.best = facts
+                    weights = ckpt.Checkpoint(ckpt.prefixed("model", model.state_dict()), facts)
+                    # Under a name of its own: until it is whole, the one before it stays.
+                    ckpt.save(self.where.checkpoints, ckpt.stem_of(self.step, "best"), weights)
+                    ckpt.prune(self.where.checkpoints, 1, "best")
+                entry = {"step": self.step, "split": "valid", "eval": metrics, "headline": value}
+        self.best, self.validation = _from_first(self.team, [self.best, self.validation])
+        return entry
 
     def _improves(self, value: float) -> bool:
         if self.best is None:
@@ -306,16 +359,28 @@ class _Loop:
                 f"{self.where.path} has no weights of a best validation: none gave a finite '{self.problem.headline}', "
                 f"or the file is gone; train again with another --out, or there with train.select=last"
             )
-        self.model.load_state_dict(ckpt.load(self.where.checkpoints, stems[-1]).part("model"))
+        if self.team.kind == "fsdp":
+            stored = ckpt.Stored(self.where.checkpoints, stems[-1])
+            stored.verify()
+            checkpoints.restore_weights(self.team, stored, self.model)
+        else:
+            self.model.load_state_dict(ckpt.load(self.where.checkpoints, stems[-1]).part("model"))
         self.average, self.validation = {}, self.best
 
     def _finish(self, record: Progress) -> dict[str, Any]:
-        wall_s = self.wall_s
-        if self.config.select == "best":
-            self._take_best()
-        with self._for_scoring() as model:
-            scored = self.problem.evaluate(model, self.streams, final=True)
-            described = self.problem.describe(model)
+        results: dict[str, Any] = {}
+        with self.team.together():
+            if self.config.select == "best":
+                self._take_best()
+        with self.team.together(), self._for_scoring() as model:
+            if model is not None:
+                results = self._results(model, self.wall_s, record)
+        return _from_first(self.team, results)
+
+    def _results(self, model: nn.Module, wall_s: float, record: Progress) -> dict[str, Any]:
+        """Score the trained model and write what came of the run."""
+        scored = self.problem.evaluate(model, self.streams, final=True)
+        described = self.problem.describe(model)
         headline = scored.metrics.get(self.problem.headline)
         record({"step": self.step, "split": "test", "eval": scored.metrics, "headline": headline})
         if scored.arrays:
@@ -357,29 +422,42 @@ class _Loop:
             "validation": self.validation,
             "fingerprint": fingerprint(self.run_config),
         }
-        ckpt.save(self.where.checkpoints, ckpt.stem_of(self.step), ckpt.Checkpoint(tensors, facts))
-        ckpt.prune(self.where.checkpoints, self.config.keep_checkpoints)
+        folder, whole = self.where.checkpoints, ckpt.Checkpoint(tensors, facts)
+        checkpoints.save(self.team, folder, ckpt.stem_of(self.step), whole, self.config.keep_checkpoints)
 
     def _resume(self) -> None:
         stems = ckpt.stems(self.where.checkpoints)
-        if not stems:
+        stem = self.team.from_first(stems[-1] if stems else "")
+        if not stem:
             return
-        saved = ckpt.load(self.where.checkpoints, stems[-1])
-        try:
-            self.model.load_state_dict(saved.part("model"))
-            ckpt.restore_optimizer(self.optimizer, self.model, saved.part("optim"))
-        except (RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"checkpoint {self.where.checkpoints / stems[-1]} does not fit the model that this version builds "
-                f"({reason}); choose another --out"
-            ) from None
-        self.average = {name: tensor.to(self.device) for name, tensor in saved.part("ema").items()}
-        self.step, self.earlier_s = saved.facts["step"], saved.facts["wall_s"]
-        self.best, self.validation = saved.facts["best"], saved.facts["validation"]
+        with self.team.together():
+            facts = self._restore(stem)
+        self.step, self.earlier_s = facts["step"], facts["wall_s"]
+        self.best, self.validation = facts["best"], facts["validation"]
         if kept := ckpt.stems(self.where.checkpoints, "best"):
             # It may be of a step after this checkpoint, which will be validated again: no better than itself, it stays.
             self.best = {key: ckpt.facts(self.where.checkpoints, kept[-1])[key] for key in ("step", "metric", "value")}
+
+    def _restore(self, stem: str) -> dict[str, Any]:
+        """Put a checkpoint into model, optimizer and averages; returns its facts."""
+        folder = self.where.checkpoints
+        try:
+            if self.team.kind == "fsdp":
+                stored = ckpt.Stored(folder, stem)
+                stored.verify(self.team.rank, self.team.size)
+                self.average = checkpoints.restore(self.team, stored, self.model, self.optimizer)
+                return stored.facts
+            saved = ckpt.load(folder, stem)
+            self.model.load_state_dict(saved.part("model"))
+            ckpt.restore_optimizer(self.optimizer, self.model, saved.part("optim"))
+            self.average = {name: tensor.to(self.device) for name, tensor in saved.part("ema").items()}
+            return saved.facts
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"checkpoint {folder / stem} does not fit the model that this version builds ({reason}); "
+                f"choose another --out"
+            ) from None
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -397,14 +475,9 @@ def _initial_model(problem: Problem, streams: Streams) -> nn.Module:
         return problem.build_model()
 
 
-def _record_environment(where: RunDirectory, device: torch.device, carried_out: dict[str, Any]) -> None:
-    """Describe this start in ``environment.json``; the starts it resumes move to its list ``earlier``."""
-    earlier: list[Any] = []
-    if where.environment.exists():
-        last = read_json(where.environment)
-        earlier = [*last.pop("earlier"), last]
-    facts = {**environment(device), **carried_out, "earlier": earlier}
-    write_atomically(where.environment, json.dumps(facts, indent=2).encode())
+def _from_first(team: Team, value: Any) -> Any:
+    """JSON data of the first process, in all."""
+    return value if team.size == 1 else json.loads(team.from_first(json.dumps(value)))
 
 
 def _floats(numbers: dict[str, Any]) -> dict[str, float]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Take = Callable[[int], Any]
 """The batch of a step, on the run's device. Steps must be asked for in order, each once."""
 
+Change = Callable[["Problem", Any], Any]
+"""From a problem and one of its batches to what is taken of it."""
+
 
 def check_workers(workers: int) -> None:
     """Raise ConfigError when there cannot be that many."""
@@ -33,8 +36,12 @@ def check_workers(workers: int) -> None:
 
 
 @contextmanager
-def batches(run: RunConfig, problem: Problem, first: int, device: torch.device, workers: int) -> Generator[Take]:
+def batches(
+    run: RunConfig, problem: Problem, first: int, device: torch.device, workers: int, cut: Change | None = None
+) -> Generator[Take]:
     """Batches of the steps from ``first`` on: made here, or ahead of time by ``workers`` processes. The same bits.
+
+    ``cut`` says what of a batch goes to the device; None: all of it. It must pickle.
 
     What a worker raises is raised by the call that asks for that batch; RunError there when a worker was killed. All
     workers have ended when the context has.
@@ -46,9 +53,10 @@ def batches(run: RunConfig, problem: Problem, first: int, device: torch.device, 
     steps = range(first, run.train.steps + 1)
     if workers == 0 or not steps:
         streams, cpu = Streams(run.seed), torch.device("cpu")
-        yield lambda step: to_device(problem.batch(step, streams, cpu), device)
+        change = cut or _all
+        yield lambda step: to_device(change(problem, problem.batch(step, streams, cpu)), device)
         return
-    with made_ahead(_Maker(run.problem, run.seed), steps, workers) as made:
+    with made_ahead(_Maker(run.problem, run.seed, cut or _all), steps, workers) as made:
 
         def take(step: int) -> Any:
             try:
@@ -69,6 +77,7 @@ class _Maker:
 
     config: ProblemConfig
     seed: int
+    cut: Change
 
     def __call__(self) -> Take:
         import torch
@@ -77,7 +86,11 @@ class _Maker:
 
         torch.set_num_threads(1)
         problem, streams, cpu = self.config.build(), Streams(self.seed), torch.device("cpu")
-        return lambda step: map_leaves(problem.batch(step, streams, cpu), _packed)
+        return lambda step: map_leaves(self.cut(problem, problem.batch(step, streams, cpu)), _packed)
+
+
+def _all(_: Problem, batch: Any) -> Any:
+    return batch
 
 
 class _Packed:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,19 @@ class Evaluation:
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict[str, Any])
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, Any])
+
+
+class Share(NamedTuple):
+    """A part of a batch: so many of its rows."""
+
+    batch: Any
+    weight: float = 1.0
+    """Its share of the batch's loss; those of all parts sum to 1."""
+    counted: float | None = None
+    """By how much its masked means count against those of parts of the same weight (``models.chunked_loss.counting``);
+    None for a batch in one part."""
+    number: int | None = None
+    """Its number among the parts, which addresses its random numbers; None for a batch in one part."""
 
 
 class Problem(ABC):
@@ -56,6 +69,18 @@ class Problem(ABC):
         give the same batch, in any process: the loop asks for it on the CPU, maybe in a worker, and moves it itself.
         """
 
+    def shares(self, batch: Any, n: int) -> list[Share]:
+        """A batch in ``n`` parts, for processes and for gradient accumulation; n is at least 2.
+
+        Here, for batches in which every tensor of one axis or more has one entry per row: equally many rows each, in
+        order. The loss has to be a mean over rows, over what every row has equally many of, or over the true entries
+        of the batch's ``mask`` by ``masked_cross_entropy``; other problems say here how they are split. Raises
+        ConfigError when the rows cannot be shared equally.
+        """
+        from recollect.train.shares import share_rows
+
+        return share_rows(batch, n)
+
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: Any, generator: torch.Generator
@@ -68,6 +93,15 @@ class Problem(ABC):
         The backbone of a model that has one: before and after it shapes follow from the data. Else the model.
         """
         return [getattr(model, "backbone", model)]
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of the model, in order: what fsdp gathers one at a time, and ``--recompute`` runs again.
+
+        Here those of every backbone in it.
+        """
+        from recollect.models.backbone import Backbone
+
+        return [layer for module in model.modules() if isinstance(module, Backbone) for layer in module.layers]
 
     @abstractmethod
     def evaluate(self, model: nn.Module, streams: Streams, *, final: bool) -> Evaluation:

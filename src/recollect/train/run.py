@@ -15,8 +15,8 @@ from recollect.core.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from recollect.train.problem import Problem
 
-FAMILIES = ("recall", "world")
-"""What a group asks, by the kind of its problem: a recall task, or a world model's dreams."""
+FAMILIES = ("recall", "world", "language")
+"""What a group asks, by the kind of its problem: a recall task, a world model's dreams, or held out text."""
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 """What a group may be called: one folder's name, and safe in a page's addresses."""

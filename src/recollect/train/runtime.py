@@ -62,6 +62,11 @@ def reexec_with_allocator() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added, REEXECUTED: "1"})
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process of a run that speaks to the user: all are but those that torchrun counts on."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of that name ("cpu", "cuda", "cuda:1").
 

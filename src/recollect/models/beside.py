@@ -1,0 +1,48 @@
+"""Sparse attention put beside the layers of a model that was trained without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from recollect.core.config import Config
+from recollect.core.layer import BranchedConfig
+from recollect.layers.hax import HAX
+from recollect.layers.sparse_options import Planes
+from recollect.ops.patterns import KeySelection, Lsh, find, published_pattern
+
+PATTERNS = ("D", "SW", "SW+D", "A", "LSH", "KS", "HAX")
+"""The rows of the paper's tables."""
+
+
+@dataclass(frozen=True)
+class Beside(Config, kind="beside"):
+    """Which attention: ``pattern`` as the paper names its rows (or "full"), ``n_keys`` per query.
+
+    ``gate`` 0 leaves the model's outputs as they are until training moves it. ``planes`` are the paper's, drawn anew at
+    every training step, unless activations are to be recomputed: then "fixed". "recommended" as the pattern is
+    ``HAX.Config.recommended`` with that gate, and reads nothing else.
+    """
+
+    n_keys: int = 128
+    pattern: str = "HAX"
+    gate: float = 0.0
+    planes: Planes = "redrawn"
+
+    def around(self, mixer: BranchedConfig) -> HAX.Config:
+        """The layer: the paper's language setting (arXiv 2507.00449, section 5.2 and appendix D.2), this pattern."""
+        if self.pattern == "recommended":
+            return HAX.Config.recommended(mixer.d_model, mixer, gate_init=self.gate)
+        base = HAX.Config.published_language(mixer.d_model, mixer, self.n_keys)
+        hashed = find(base.patterns, Lsh)
+        assert hashed is not None
+        patterns = tuple(
+            replace(pattern, n_bits=hashed.n_bits, rule=hashed.rule) if isinstance(pattern, Lsh) else pattern
+            for pattern in published_pattern(self.pattern, self.n_keys)
+        )
+        return replace(
+            base,
+            patterns=patterns,
+            gate_init=self.gate,
+            planes=self.planes if find(patterns, Lsh) else "fixed",
+            selection_target=base.selection_target if find(patterns, KeySelection) else "mean",
+        )

@@ -1,0 +1,142 @@
+"""HAX on language: a pretrained Mamba-2 goes on training with each of the paper's attention patterns beside its layers.
+
+One model is trained on short context without attention, once, on text made on the spot: prose whose facts come back and
+solved tasks of the long-context suite. Then every row goes on from it for equally many steps on rows of 2,048 tokens:
+as it is (``none``), for longer (``none-longer``: the time that attention costs, spent on more steps), and with 128
+keys per query beside every layer in the patterns of arXiv 2507.00449, plus this library's own setting. All are asked
+at the length trained on and beyond.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from recollect.layers.mamba2 import Mamba2
+from recollect.models.beside import PATTERNS, Beside
+from recollect.text.made import MadeCorpus
+from recollect.train.language import LanguageConfig, SuiteQuestions
+from recollect.train.run import FaceOff, RunConfig, TrainConfig
+
+ROWS: dict[str, Beside | None] = {
+    "none": None,
+    **{pattern: Beside(128, pattern) for pattern in PATTERNS},
+    "recommended": Beside(32, "recommended", gate=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Model, text and training of one size."""
+
+    d_model: int
+    n_layers: int
+    corpus: MadeCorpus
+    base_length: int
+    base_batch: int
+    base_steps: int
+    base_lr: float
+    steps: int
+    lr: float
+    batch_size: int
+    questions: SuiteQuestions
+    lengths: tuple[int, ...]
+    longer: float = 1.5
+    """Steps of ``none-longer`` over those of the others: what a step with attention takes over one without."""
+    row_length: int = 2048
+
+    def faceoff(self, name: str, title: str, seeds: tuple[int, ...]) -> FaceOff:
+        """Every row on the same base."""
+        layers = (Mamba2.Config(self.d_model, d_state=64),) * self.n_layers
+        pretrained = RunConfig(
+            name,
+            "base",
+            "base",
+            0,
+            LanguageConfig(
+                self.corpus,
+                layers=layers,
+                row_length=self.base_length,
+                batch_size=self.base_batch,
+                valid_rows=32,
+            ),
+            self._fitted(self.base_steps, self.base_lr),
+        )
+        problem = LanguageConfig(
+            self.corpus,
+            pretrained,
+            row_length=self.row_length,
+            batch_size=self.batch_size,
+            valid_rows=16,
+            lengths=self.lengths,
+            questions=self.questions,
+        )
+        fitted = self._fitted(self.steps, self.lr)
+        runs = [
+            RunConfig(name, "language", row, 0, replace(problem, beside=beside), fitted) for row, beside in ROWS.items()
+        ]
+        longer = self._fitted(round(self.steps * self.longer), self.lr)
+        runs.insert(1, replace(runs[0], row="none-longer", train=longer))
+        return FaceOff(name, title, tuple(runs), seeds)
+
+    def _fitted(self, steps: int, lr: float) -> TrainConfig:
+        every = max(1, steps // 8)
+        return TrainConfig(
+            steps,
+            lr,
+            warmup_steps=max(1, steps // 20),
+            min_lr_ratio=1 / 30,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            log_every=max(1, min(20, every)),
+            eval_every=every,
+            checkpoint_every=every,
+        )
+
+
+def language_micro() -> FaceOff:
+    """Two million parameters, two seeds: some hours on two cores."""
+    scale = Scale(
+        d_model=256,
+        n_layers=4,
+        corpus=MadeCorpus(
+            3000,
+            (2048, 40_000),
+            tasks=("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread"),
+            vocab_size=1024,
+        ),
+        base_length=512,
+        base_batch=16,
+        base_steps=1500,
+        base_lr=3e-3,
+        steps=300,
+        lr=1e-3,
+        batch_size=4,
+        questions=SuiteQuestions(
+            tasks=("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread"),
+            lengths=(2048, 4096, 8192),
+            depths=(0.0, 0.5, 1.0),
+            n=10,
+        ),
+        lengths=(2048, 4096, 8192),
+    )
+    return scale.faceoff("language-micro", "HAX beside a pretrained Mamba-2", (0, 1))
+
+
+def language_smoke() -> FaceOff:
+    """The same in a minute: that it runs, not what it finds."""
+    scale = Scale(
+        d_model=64,
+        n_layers=1,
+        corpus=MadeCorpus(60, (512, 4000), tasks=("needle-noise",), vocab_size=300, valid_share=0.2),
+        base_length=128,
+        base_batch=2,
+        base_steps=4,
+        base_lr=3e-3,
+        steps=2,
+        lr=1e-3,
+        batch_size=2,
+        questions=SuiteQuestions(tasks=("needle-noise",), lengths=(256,), depths=(0.5,), n=1),
+        lengths=(256,),
+        row_length=256,
+    )
+    return scale.faceoff("language-smoke", "Language, the code path", (0,))
