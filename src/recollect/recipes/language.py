@@ -30,7 +30,12 @@ class Scale:
 
     d_model: int
     n_layers: int
+    short: MadeCorpus
+    """What the base is trained on."""
     corpus: MadeCorpus
+    """What all go on with."""
+    long: MadeCorpus
+    """Documents to measure losses by position on."""
     base_length: int
     base_batch: int
     base_steps: int
@@ -53,7 +58,7 @@ class Scale:
             "base",
             0,
             LanguageConfig(
-                self.corpus,
+                self.short,
                 layers=layers,
                 row_length=self.base_length,
                 batch_size=self.base_batch,
@@ -68,6 +73,7 @@ class Scale:
             batch_size=self.batch_size,
             valid_rows=16,
             lengths=self.lengths,
+            long_data=self.long,
             questions=self.questions,
         )
         fitted = self._fitted(self.steps, self.lr)
@@ -95,15 +101,14 @@ class Scale:
 
 def language_micro() -> FaceOff:
     """Two million parameters, two seeds: some hours on two cores."""
+    tasks = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
+    short = MadeCorpus(20_000, (600, 1500), tasks=tasks, vocab_size=1024)
     scale = Scale(
         d_model=256,
         n_layers=4,
-        corpus=MadeCorpus(
-            3000,
-            (2048, 40_000),
-            tasks=("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread"),
-            vocab_size=1024,
-        ),
+        short=short,
+        corpus=MadeCorpus(6000, (1500, 6000), tasks=tasks, tokenizer_of=short, seed=1),
+        long=MadeCorpus(80, (27_000, 30_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
         base_length=512,
         base_batch=16,
         base_steps=1500,
@@ -111,12 +116,7 @@ def language_micro() -> FaceOff:
         steps=300,
         lr=1e-3,
         batch_size=4,
-        questions=SuiteQuestions(
-            tasks=("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread"),
-            lengths=(2048, 4096, 8192),
-            depths=(0.0, 0.5, 1.0),
-            n=10,
-        ),
+        questions=SuiteQuestions(tasks=tasks, lengths=(2048, 4096, 8192), depths=(0.0, 0.5, 1.0), n=10),
         lengths=(2048, 4096, 8192),
     )
     return scale.faceoff("language-micro", "HAX beside a pretrained Mamba-2", (0, 1))
@@ -124,10 +124,14 @@ def language_micro() -> FaceOff:
 
 def language_smoke() -> FaceOff:
     """The same in a minute: that it runs, not what it finds."""
+    tasks = ("needle-noise",)
+    short = MadeCorpus(60, (300, 900), tasks=tasks, vocab_size=300, valid_share=0.2)
     scale = Scale(
         d_model=64,
         n_layers=1,
-        corpus=MadeCorpus(60, (512, 4000), tasks=("needle-noise",), vocab_size=300, valid_share=0.2),
+        short=short,
+        corpus=MadeCorpus(60, (600, 3000), tasks=tasks, tokenizer_of=short, valid_share=0.2, seed=1),
+        long=MadeCorpus(6, (1500, 2000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
         base_length=128,
         base_batch=2,
         base_steps=4,
@@ -135,7 +139,7 @@ def language_smoke() -> FaceOff:
         steps=2,
         lr=1e-3,
         batch_size=2,
-        questions=SuiteQuestions(tasks=("needle-noise",), lengths=(256,), depths=(0.5,), n=1),
+        questions=SuiteQuestions(tasks=tasks, lengths=(256,), depths=(0.5,), n=1),
         lengths=(256,),
         row_length=256,
     )

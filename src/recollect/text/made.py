@@ -16,7 +16,7 @@ from recollect.text.learned import SMALLEST, learn_tokenizer
 from recollect.text.store import SCHEMA, TokenStore, build_store
 from recollect.text.suite import load_suite
 from recollect.text.suite.corpus import corpus
-from recollect.text.tokenizer import BYTES, load_tokenizer
+from recollect.text.tokenizer import BYTES, TextTokenizer, load_tokenizer
 
 Counting = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -38,6 +38,8 @@ class MadeCorpus(Config, kind="made-corpus"):
     """Of the suite; empty: all of it."""
     vocab_size: int = 0
     """Of a tokenizer learned from it; 0: bytes."""
+    tokenizer_of: MadeCorpus | None = None
+    """Another corpus whose tokenizer this one has; ``vocab_size`` is then that one's."""
     valid_share: float = 0.02
     seed: int = 0
 
@@ -63,13 +65,20 @@ class MadeCorpus(Config, kind="made-corpus"):
             text = folder / "corpus.jsonl"
             if not text.exists():
                 write_atomically(text, self._lines(counting or _silent).encode())
-            tokenizer = folder / "tokenizer"
-            if self.vocab_size and not tokenizer.exists():
-                with text.open() as lines:
-                    some = [json.loads(line)["text"] for line, _ in zip(lines, range(LEARNED_FROM), strict=False)]
-                learn_tokenizer(some, self.vocab_size, tokenizer)
-            chosen = load_tokenizer(tokenizer if self.vocab_size else BYTES)
-            return build_store([str(text)], folder / "store", chosen, valid_share=self.valid_share, seed=self.seed)
+            tokenizer = self._tokenizer(text, counting)
+            return build_store([str(text)], folder / "store", tokenizer, valid_share=self.valid_share, seed=self.seed)
+
+    def _tokenizer(self, text: Path, counting: Counting | None) -> TextTokenizer:
+        if self.tokenizer_of is not None:
+            return load_tokenizer(self.tokenizer_of.store(counting).tokenizer_name)
+        if not self.vocab_size:
+            return load_tokenizer(BYTES)
+        learned = self.folder / "tokenizer"
+        if not learned.exists():
+            with text.open() as lines:
+                some = [json.loads(line)["text"] for line, _ in zip(lines, range(LEARNED_FROM), strict=False)]
+            learn_tokenizer(some, self.vocab_size, learned)
+        return load_tokenizer(learned)
 
     def _lines(self, counting: Counting) -> str:
         tasks = load_suite(self.suite, self.tasks).tasks

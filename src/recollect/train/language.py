@@ -87,6 +87,8 @@ class LanguageConfig(ProblemConfig, kind="language"):
     """At the end: nats per token by position over held out documents at least so long."""
     long_rows: int = 8
     """Documents of each such length."""
+    long_data: str | MadeCorpus | None = None
+    """Where they are held out; None: in ``data``."""
     questions: SuiteQuestions | None = None
     """At the end: tasks of a long-context suite."""
 
@@ -149,14 +151,14 @@ class Language(Problem):
     @cached_property
     def store(self) -> TokenStore:
         """The text, made if it is to be and not there yet."""
-        data = self.config.data
-        return data.store() if isinstance(data, MadeCorpus) else open_store(data)
+        return _store(self.config.data)
 
     def make_data(self, counting: Counting, workers: int = 0) -> None:
         """The text, and the model to go on from where a run is to train it: that run goes on if it was stopped."""
         del workers
-        if isinstance(self.config.data, MadeCorpus):
-            self.store = self.config.data.store(counting)
+        for data in (self.config.data, self.config.long_data):
+            if isinstance(data, MadeCorpus):
+                data.store(counting)
         if isinstance(self.config.model, RunConfig):
             _trained(self.config.model, counting)
 
@@ -222,9 +224,10 @@ class Language(Problem):
             return Evaluation(metrics, details)
         c = self.config
         by_length: dict[str, Any] = {}
+        long_store = self.store if c.long_data is None else _store(c.long_data)
         for length in c.lengths:
             found = by_length[str(length)] = perplexity_by_position(
-                model, long_rows(self.store, length, c.long_rows, _device(model)), block=max(1, length // 8)
+                model, long_rows(long_store, length, c.long_rows, _device(model)), block=max(1, length // 8)
             )
             # The last quarter of the row: what the model makes of all the context before it.
             late = [row for row in found["linear"] if row["from"] >= 3 * length // 4]
@@ -283,6 +286,10 @@ def long_rows(store: TokenStore, length: int, n: int, device: torch.device) -> l
     rows = LongRows(store, length, documents=store.split("valid"))
     batches = [torch.from_numpy(rows.rows([i]).tokens).to(device) for i in range(min(n, len(rows)))]
     return [(tokens, torch.ones_like(tokens, dtype=torch.bool)) for tokens in batches]
+
+
+def _store(data: str | MadeCorpus) -> TokenStore:
+    return data.store() if isinstance(data, MadeCorpus) else open_store(data)
 
 
 def _device(model: nn.Module) -> torch.device:
