@@ -36,6 +36,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return made
 
+    # torch looks up once, at the first `with torch.device(...)`, which functions make tensors: let it see the true ones.
+    with torch.device("cpu"):
+        torch.empty(0)
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

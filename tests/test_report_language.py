@@ -234,6 +234,11 @@ class TestTables:
     def test_where_nothing_is_found_nothing_is_best(self, tmp_path: Path) -> None:
         write_languages(tmp_path, rows=FEW, skill=dict.fromkeys(FEW, 0.0))
         face = load_faceoff(tmp_path)
+        assert (
+            "At 8,192 tokens, 4 times the trained length, no row finds any of the suite's answers."
+            in sentences(face)[0]
+        )
+        assert "are level, at 2.502 nats" in sentences(face)[0]
         assert not any(cell.best for row in table_of(face, "language-suite").rows for cell in row.cells)
 
     def test_without_lengths_or_questions(self, fresh: Path) -> None:

@@ -57,7 +57,7 @@ class Run:
 
     group: str
     family: str
-    """What the group asks: "recall" or "world"."""
+    """What the group asks: one of ``recollect.train.run.FAMILIES``."""
     row: str
     seed: int
     folder: Path
@@ -179,7 +179,7 @@ class Row:
 
     @property
     def family(self) -> str:
-        """What its group asks: "recall" or "world"."""
+        """What its group asks: one of ``recollect.train.run.FAMILIES``."""
         return self.runs[0].family
 
     @property
@@ -247,6 +247,8 @@ class FaceOff:
     groups: dict[str, tuple[Row, ...]]
     tasks: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """The kinds of task that the recall runs of a group are trained on."""
+    trained: dict[str, int] = field(default_factory=dict[str, int])
+    """Tokens of the rows that a language group is trained on, where all its runs agree."""
 
     @cached_property
     def row_names(self) -> list[str]:
@@ -264,7 +266,7 @@ class FaceOff:
         return [row for rows in self.groups.values() for row in rows if row.provisional]
 
     def family(self, group: str) -> str:
-        """What a group asks: "recall" or "world"."""
+        """What a group asks: one of ``recollect.train.run.FAMILIES``."""
         return self.groups[group][0].family
 
     def groups_of(self, family: str) -> list[str]:
@@ -319,11 +321,11 @@ class FaceOff:
         return None if name is None else (name, found[name])
 
     def line(self, group: str) -> float | None:
-        """What a row must beat: the guesser's score for recall, chance for rewards; nothing for frames."""
+        """What a row must beat: the guesser's score for recall, chance for rewards; nothing for frames or text."""
         if self.family(group) == "recall":
             guesser = self.guesser_of(group)
             return None if guesser is None else guesser[1]
-        if self.headline(group) not in REWARDS:
+        if self.family(group) != "world" or self.headline(group) not in REWARDS:
             return None
         chances = [float(c) for row in self.groups.get(group, ()) for c in row.detail("chance")]
         return chances[0] if chances else 0.5

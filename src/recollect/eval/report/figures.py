@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from recollect.core.errors import RecollectError
-from recollect.eval.report.data import Axis, FaceOff, Row, binned
+from recollect.eval.report.data import Axis, FaceOff, Row, Stat, binned
 from recollect.eval.report.metrics import is_share, label
 from recollect.eval.report.rows import OTHERS, Panel, crowded, look
 
@@ -27,6 +27,9 @@ End = tuple[float, float, str, str]
 
 WIDTH = 400.0
 """Width of a figure in SVG units; text is 11 of them, so it stays legible on a 360-pixel screen."""
+
+NATS = "nats per token"
+"""What the axis of a language model's loss is called."""
 
 ROW_COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#b8588e", "#c98500"),
@@ -192,6 +195,7 @@ def draw_curves(
     drawn: list[float] = []
     ends: list[End] = []
     rows, scale = panel.rows, 100.0 if evaluation and is_share(name) else 1.0
+    nats = bool(rows) and rows[0].family == "language"
     for row in rows:
         colour, alike = palette.row(face, row.name), crowded(face) and panel.title != OTHERS
         line_style = "-" if alike else look(face, row.name).line
@@ -217,13 +221,13 @@ def draw_curves(
         line = face.line(rows[0].group)
         if line is not None:
             ax.axhline(100 * line, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-    elif drawn and min(drawn) > 0 and (evaluation or max(drawn) > 20 * min(drawn)):
+    elif drawn and min(drawn) > 0 and ((evaluation and not nats) or max(drawn) > 20 * min(drawn)):
         logarithmic(ax, "y", drawn)
     if evaluation:
         name_ends(ax, ends)
     ax.set_xlim(left=0)
     ax.set_xlabel("training steps" if axis == "step" else "seconds of training")
-    ax.set_ylabel("loss" if not evaluation else "accuracy, %" if scale == 100 else label(name))
+    ax.set_ylabel("loss" if not evaluation else "accuracy, %" if scale == 100 else NATS if nats else label(name))
     ax.locator_params(axis="x", nbins=5)
 
 
@@ -282,17 +286,30 @@ def bar(
     beside: float | None = None,
 ) -> None:
     """The bar of a share, its whisker and its number, which stays clear of a mark at ``beside``."""
-    stat = row.metric(metric)
-    if stat is None:
-        return
+    if (stat := row.metric(metric)) is not None:
+        share_bar(ax, palette, palette.row(face, row.name), stat, y, height, alpha, beside)
+
+
+def share_bar(
+    ax: Axes,
+    palette: Palette,
+    colour: str,
+    stat: Stat,
+    y: float,
+    height: float,
+    alpha: float = 1.0,
+    beside: float | None = None,
+    gap: float = 1.5,
+) -> None:
+    """``bar`` of any share, in any colour; its number follows after ``gap`` per cent."""
     mean, std = 100 * stat.mean, 100 * (stat.std or 0.0)
-    ax.barh(y, mean, height, color=palette.row(face, row.name), alpha=alpha, linewidth=0)
+    ax.barh(y, mean, height, color=colour, alpha=alpha, linewidth=0)
     if std:
         ax.plot([mean - std, mean + std], [y, y], color=palette.ink, linewidth=1)
     end = mean + std if mean >= 0 else max(0.0, mean + std)
     if beside is not None and end - 2 < 100 * beside < end + 9:
         end = 100 * beside + 2
-    ax.text(end + 1.5, y, f"{mean:.0f}", va="center", fontsize=_small(ax))
+    ax.text(end + gap, y, f"{mean:.0f}", va="center", fontsize=_small(ax))
 
 
 def name_bars(ax: Axes, names: Sequence[str], palette: Palette) -> None:

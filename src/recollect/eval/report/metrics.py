@@ -1,11 +1,13 @@
 """What the numbers of a run are called, which way is better, which ones a table shows, and which one ranks the rows.
 
 Recall is always ranked by accuracy. A world is ranked by its problem's headline, which follows from what the
-environment asks: the reward at the end of a dream, or the dreamed frames.
+environment asks: the reward at the end of a dream, or the dreamed frames. A language model is ranked by its loss in
+nats per token on documents held out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +27,12 @@ FRAMES = ("reconstruction_mse_context", "reconstruction_mse_query", "generation_
 
 BEYOND = "longer_"
 """Before the name of a metric: on a larger size of the environment than the one trained on."""
+
+LOSS = "loss"
+"""Nats per token; ``loss_4096``: of the last quarter of documents of that length."""
+
+BY_LENGTH = re.compile(r"(?P<task>.+)_(?P<length>\d+)")
+"""Names of a language model's numbers at one length in tokens, as ``joint-recall_8192``."""
 
 LABELS = {
     "accuracy": "accuracy, %",
@@ -71,7 +79,15 @@ def is_share(metric: str) -> bool:
 def lower_is_better(metric: str) -> bool:
     """Whether less of it is better; ``loss`` and ``error`` are of problems of one's own."""
     name = metric.removeprefix(BEYOND)
-    return name in ("loss", "error") or "mse" in name.split("_") or name.endswith("rmse")
+    if (at := at_length(name)) is not None and at[0] == LOSS:
+        return True
+    return name in (LOSS, "perplexity", "error") or "mse" in name.split("_") or name.endswith("rmse")
+
+
+def at_length(metric: str) -> tuple[str, int] | None:
+    """A language model's number at one length: "loss" or the suite's task, and the length; None for any other name."""
+    found = BY_LENGTH.fullmatch(metric)
+    return None if found is None else (found["task"], int(found["length"]))
 
 
 def headline_of(family: str, results: Mapping[str, Any]) -> str:
@@ -81,12 +97,14 @@ def headline_of(family: str, results: Mapping[str, Any]) -> str:
     stated, metrics = results.get("headline"), results.get("metrics")
     if isinstance(stated, str):
         return stated
+    if family == "language":
+        return LOSS
     rewarded = not isinstance(metrics, Mapping) or REWARDS[0] in metrics or "generation_mse" not in metrics
     return REWARDS[0] if rewarded else "generation_mse"
 
 
 def shown(family: str, headline: str, reported: Iterable[str]) -> list[str]:
-    """The columns of a group's table, the one that ranks first: of those ``reported`` by any row."""
+    """The columns of a recall or world group's table, the one that ranks first: of those ``reported`` by any row."""
     there = {name for name in reported if not name.startswith(BEYOND)}
     if family == "recall":
         return [name for name in RECALL if name == headline or name in there]

@@ -9,6 +9,7 @@ from typing import Any
 from recollect.eval.report.animation import Animation
 from recollect.eval.report.browse import Browser, browsers
 from recollect.eval.report.data import FaceOff
+from recollect.eval.report.language_plates import language_plates
 from recollect.eval.report.metrics import REWARDS
 from recollect.eval.report.plates import Plate
 from recollect.eval.report.rows import legend
@@ -60,6 +61,8 @@ def chapters(face: FaceOff, moving: Mapping[str, Animation]) -> list[Chapter]:
         title, colours = chapter_title(face, group), tuple(legend(face, group))
         if face.family(group) == "recall":
             made.append(Chapter(group, title, colours, tuple(recall_plates(face, group))))
+        elif face.family(group) == "language":
+            made.append(Chapter(group, title, colours, tuple(language_plates(face, group))))
         else:
             told = any(run.results["metrics"].get(REWARDS[0]) is not None for run in face.ranked(group)[0].finished)
             shown = tuple(reels(films(face, group), rewarded=told))

@@ -45,10 +45,12 @@ def curve_plates(face: FaceOff, group: str, name: str) -> list[Plate]:
     """Loss and evaluation curves against steps and, where all rows share one set of axes, against seconds too."""
     rows = face.groups[group]
     shown = panels(face, rows)
-    score = "Accuracy" if is_share(name) else "Error"
+    score, loss = "Accuracy" if is_share(name) else "Error", "Loss"
+    if face.family(group) == "language":
+        score, loss = "Held-out loss", "Training loss"
     wanted: list[tuple[str, str, bool, Axis]] = [
-        ("Loss by steps", "loss", False, "step"),
-        ("Loss by time", "loss", False, "seconds"),
+        (f"{loss} by steps", "loss", False, "step"),
+        (f"{loss} by time", "loss", False, "seconds"),
         (f"{score} by steps", name, True, "step"),
         (f"{score} by time", name, True, "seconds"),
     ]

@@ -6,8 +6,8 @@ Tables go where a Markdown file of the project says so, between two comments, so
     (rewritten by ``recollect report runs/demo --publish .``)
     <!-- end results -->
 
-``<!-- results worlds-micro all-worlds -->`` asks for the table of that name alone: ``all-worlds``, a group, or
-``GROUP-longer``.
+``<!-- results worlds-micro all-worlds -->`` asks for the table of that name alone: ``all-worlds``, a group,
+``GROUP-longer``, or ``GROUP-suite`` of a language group.
 """
 
 from __future__ import annotations

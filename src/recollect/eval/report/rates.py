@@ -9,9 +9,9 @@ from typing import Any
 from recollect.eval.report.data import FaceOff, Row, Trial
 from recollect.eval.report.metrics import is_share
 from recollect.eval.report.read import load_faceoff
-from recollect.eval.report.text import ABSENT, Cell, Table, TableRow, metric_text
+from recollect.eval.report.text import ABSENT, Cell, Table, TableRow, score_text
 
-PLAIN = {"recall": "words", "world": "worlds"}
+PLAIN = {"recall": "words", "world": "worlds", "language": "text"}
 """What the groups of these names are called."""
 
 NOTE = (
@@ -68,9 +68,10 @@ def _standing(row: Row) -> str:
 
 def _cell(trial: Trial) -> str:
     metric = next((run.headline for run in trial.runs if run.status == "finished"), "")
-    parts = [] if trial.validation is None else [metric_text(metric, trial.validation)]
+    family = trial.runs[0].family
+    parts = [] if trial.validation is None else [score_text(family, metric, trial.validation)]
     if trial.test is not None:
-        parts.append(f"(test {metric_text(metric, replace(trial.test, std=None))})")
+        parts.append(f"(test {score_text(family, metric, replace(trial.test, std=None))})")
     if trial.diverged:
         parts.append("diverged")
     elif trial.finished < len(trial.runs):

@@ -36,7 +36,9 @@ def load_faceoff(directory: Path) -> FaceOff:
         groups[group] = (*groups.get(group, ()), row)
     ordered = {group: rows for family in FAMILIES for group, rows in groups.items() if families[group] == family}
     name = str(config.get("name") or directory.name)
-    face = FaceOff(directory, name, str(config.get("title") or name), ordered, _tasks(config, families))
+    face = FaceOff(
+        directory, name, str(config.get("title") or name), ordered, _tasks(config, families), _trained(config)
+    )
     if not any(row.finished for rows in ordered.values() for row in rows):
         raise RunError(f"no run of '{path}' has finished: no results.json below '{directory}'")
     for group, rows in ordered.items():
@@ -77,7 +79,7 @@ def _planned(config: dict[str, Any], path: Path) -> dict[tuple[str, str], list[i
 
 
 def _families(config: dict[str, Any], path: Path) -> dict[str, str]:
-    """Group -> "recall" or "world"."""
+    """Group -> the one of ``FAMILIES`` that its problems are of."""
     families: dict[str, str] = {}
     for i, run in enumerate(config["runs"]):
         group = str(run["group"])
@@ -85,7 +87,8 @@ def _families(config: dict[str, Any], path: Path) -> dict[str, str]:
         if family is None:
             raise RunError(f"'{path}': run {i} has unknown group '{group}'{nearest(group, FAMILIES)}")
         if families.setdefault(group, family) != family:
-            raise RunError(f"'{path}': group '{group}' holds recall and world problems, which cannot be compared")
+            both = " and ".join(sorted({family, families[group]}))
+            raise RunError(f"'{path}': group '{group}' holds {both} problems, which cannot be compared")
     return families
 
 
@@ -96,6 +99,16 @@ def _tasks(config: dict[str, Any], families: dict[str, str]) -> dict[str, tuple[
         if "kind" in task:
             kinds[str(run["group"])][str(task["kind"])] = None
     return {group: tuple(found) for group, found in kinds.items() if families[group] == "recall"}
+
+
+def _trained(config: dict[str, Any]) -> dict[str, int]:
+    """Group -> tokens of the rows that its models are trained on, where all of them agree."""
+    found: dict[str, dict[int, None]] = {}
+    for run in config["runs"]:
+        length = (run.get("problem") or {}).get("row_length")
+        if isinstance(length, int):
+            found.setdefault(str(run["group"]), {})[length] = None
+    return {group: next(iter(lengths)) for group, lengths in found.items() if len(lengths) == 1}
 
 
 def _seed(value: Any, path: Path) -> int:

@@ -3,7 +3,7 @@
 Where no recall group has more than ten backbones each has a colour of its own; from the eleventh on colours come again
 with another line. In larger recall groups a name is read as its mixer and what was added to it (``mamba2+window``,
 ``mamba-2x``): colour says what was added, marker and line say which mixer, and figures of bars and curves become one
-panel per mixer.
+panel per mixer. The rows of language groups are one model with this or that beside it: their names are never read so.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def crowded(face: FaceOff) -> bool:
 def look(face: FaceOff, name: str) -> Look:
     """How one backbone is drawn, in every figure."""
     i = face.row_names.index(name)
-    if not crowded(face):
+    if not crowded(face) or name not in _compound(face):
         return Look(i % N_COLOURS, MARKERS[i % len(MARKERS)], LINES[i // N_COLOURS % len(LINES)])
     mixer = mixers(face).index(mixer_of(name))
     return Look(_colours(face)[added_to(name)], MARKERS[mixer % len(MARKERS)], LINES[mixer % len(LINES)])
@@ -77,12 +77,12 @@ def look(face: FaceOff, name: str) -> Look:
 
 def mixers(face: FaceOff) -> list[str]:
     """Every mixer once, in the order of the rows."""
-    return list(dict.fromkeys(mixer_of(name) for name in face.row_names))
+    return list(dict.fromkeys(mixer_of(name) for name in _compound(face)))
 
 
 def panels(face: FaceOff, rows: Sequence[Row]) -> list[Panel]:
     """``rows`` in their order, all together, or by mixer where there are too many."""
-    if not crowded(face):
+    if not crowded(face) or any(row.family == "language" for row in rows):
         return [Panel("", tuple(rows))]
     by_mixer = {mixer: tuple(row for row in rows if mixer_of(row.name) == mixer) for mixer in mixers(face)}
     large = [Panel(mixer, found) for mixer, found in by_mixer.items() if len(found) >= MIN_PANEL]
@@ -95,7 +95,7 @@ def panels(face: FaceOff, rows: Sequence[Row]) -> list[Panel]:
 def legend(face: FaceOff, group: str) -> list[tuple[str, int | None]]:
     """What stands above a group's figures: labels with a colour, or with a glyph of their own (None)."""
     names = [row.name for row in face.groups[group]]
-    if not crowded(face):
+    if not crowded(face) or face.family(group) == "language":
         return [(name, look(face, name).colour) for name in names]
     present = {added_to(name) for name in names}
     words = {PLAIN: "mixer alone", "2x": "twice as wide"}
@@ -105,8 +105,14 @@ def legend(face: FaceOff, group: str) -> list[tuple[str, int | None]]:
     return [*added, *((f"{glyph} {mixer}", None) for mixer, glyph in shapes.items())]
 
 
+def _compound(face: FaceOff) -> list[str]:
+    """The names that may be read as a mixer and what was added to it, in the order of the rows."""
+    others = (group for group in face.groups if face.family(group) != "language")
+    return list(dict.fromkeys(row.name for group in others for row in face.groups[group]))
+
+
 def _colours(face: FaceOff) -> dict[str, int]:
-    found = list(dict.fromkeys(added_to(name) for name in face.row_names))
+    found = list(dict.fromkeys(added_to(name) for name in _compound(face)))
     known = {text: colour for text, colour in ADDITIONS.items() if text in found}
     free = [i for i in range(N_COLOURS) if i not in known.values()] or list(range(N_COLOURS))
     new = [text for text in found if text not in known]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recollect.eval.report.data import FaceOff, Stat
 from recollect.eval.report.dreams import PAIRS, draw_error_dots, draw_share_bars, published_values
 from recollect.eval.report.figures import PRINT, draw_accuracy_bars, require_matplotlib, settings
+from recollect.eval.report.language import share_found, suite_lengths
+from recollect.eval.report.language_plates import draw_found_bars, draw_loss_dots
 from recollect.eval.report.metrics import REWARDS, label
 from recollect.eval.report.published import published_for, published_worlds
 from recollect.eval.report.rows import Panel, panels
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
 
 NAME_ROOM = 0.125
 """Part of the picture's width that the names beside bars may take."""
+
+MATRIX = 1.6
+"""Width of all backbones by all worlds against that of other parts, where there are more than two."""
+
+HEADING = 13
+"""Letters of a line over a column that is too narrow for its heading."""
 
 
 def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
@@ -39,14 +48,19 @@ def summary_png(face: FaceOff, question: str, headline: str) -> bytes:
         bottom = 0.40 if strip else 0.10
         published = published_for(face.name)
         alone, panelled = len(parts) == 1, len(parts) > len({part.group for part in parts})
-        each, most = 0.99 / len(parts), max(part.n_rows for part in parts) if panelled else 1
-        for i, part in enumerate(parts):
-            left = 0.135 if len(parts) < 3 else 0.02 + NAME_ROOM
+        most = max(part.n_rows for part in parts) if panelled else 1
+        weights = [part.weight if len(parts) > 2 else 1.0 for part in parts]
+        left = 0.135 if len(parts) < 3 else 0.02 + NAME_ROOM
+        for part, weight in zip(parts, weights, strict=True):
+            each = 0.99 * weight / sum(weights)
             width = 0.84 if alone else each - NAME_ROOM - 0.03
             tall = (0.77 - bottom) * min(1.0, (1 + part.n_rows) / (1 + most))
-            ax = figure.add_axes((left + each * i, 0.77 - tall, width, tall))
-            ax.set_title(part.title, loc="left", pad=32, fontsize=18)
+            ax = figure.add_axes((left, 0.77 - tall, width, tall))
+            title = ax.set_title(part.title, loc="left", pad=32, fontsize=18)
+            room = min(0.97 * each, 0.985 - left) * figure.bbox.width
+            title.set_fontsize(18 * min(1.0, room / max(title.get_window_extent().width, 1.0)))
             part.draw(ax, alone)
+            left += each
             for name in ax.get_yticklabels():  # a long name must not run off the page, or into the other bars
                 room = (NAME_ROOM - 0.005) * figure.bbox.width
                 name.set_fontsize(16.0 * min(1.0, room / name.get_window_extent().width))
@@ -69,10 +83,15 @@ class _Part(NamedTuple):
     n_rows: int
     draw: Callable[[Axes, bool], None]
     """Given the axes and whether they are the only ones."""
+    weight: float = 1.0
+    """Its width against that of others, where there are more than two."""
 
 
 def _parts(face: FaceOff, worlds: Sequence[str]) -> list[_Part]:
-    """Bars for recall, and for one world; all backbones by all worlds where there are several."""
+    """Bars for recall, and for one world; all backbones by all worlds where there are several; losses on text.
+
+    Beside the losses of a face-off of one language group alone, what is found at its greatest length.
+    """
     parts: list[_Part] = []
     published = published_for(face.name)
     paper = published.accuracy if published else None
@@ -86,7 +105,8 @@ def _parts(face: FaceOff, worlds: Sequence[str]) -> list[_Part]:
             parts.append(_Part(group, title, len(panel.rows), bars))
     if len(worlds) > 1:
         n_rows = len({row.name for group in worlds for row in face.ranked(group)})
-        parts.append(_Part("", "", n_rows, lambda ax, _: draw_matrix(ax, face)))  # its columns say what they are
+        matrix = _Part("", "", n_rows, lambda ax, _: draw_matrix(ax, face), MATRIX)
+        parts.append(matrix)  # its columns say what they are
     for group in worlds if len(worlds) == 1 else ():
         metric, n_rows = face.headline(group), len(face.ranked(group))
         if metric in PAIRS:
@@ -95,6 +115,16 @@ def _parts(face: FaceOff, worlds: Sequence[str]) -> list[_Part]:
         else:
             title, draw = f"{group}: {label(metric)}", partial(_draw_errors, face=face, group=group, metric=metric)
         parts.append(_Part(group, title, n_rows, draw))
+    texts = [group for group in face.groups_of("language") if face.ranked(group)]
+    for group in texts:
+        ranked, named = face.ranked(group), f" ({group})" if len(texts) > 1 else ""
+        dots = partial(_draw_losses, face=face, group=group)
+        parts.append(_Part(group, f"Loss on held-out text{named}", len(ranked), dots))
+        lengths = suite_lengths(ranked)
+        if lengths and len(parts) == 1 and len(texts) == 1:
+            shares = partial(_draw_found, face=face, group=group, length=lengths[-1])
+            n_rows = sum(share_found(row, lengths[-1]) is not None for row in ranked)
+            parts.append(_Part(group, f"Found in contexts of {lengths[-1]:,} tokens", n_rows, shares))
     return parts
 
 
@@ -116,6 +146,14 @@ def _draw_errors(ax: Axes, _: bool, face: FaceOff, group: str, metric: str) -> N
     draw_error_dots(ax, PRINT, face, group, metric)
 
 
+def _draw_losses(ax: Axes, _: bool, face: FaceOff, group: str) -> None:
+    draw_loss_dots(ax, PRINT, face, group)
+
+
+def _draw_found(ax: Axes, _: bool, face: FaceOff, group: str, length: int) -> None:
+    draw_found_bars(ax, PRINT, face, group, length)
+
+
 def draw_matrix(ax: Axes, face: FaceOff) -> None:
     """Backbones by environments: each cell what ranks there, the fuller the colour, the better its place."""
     from matplotlib.patches import Rectangle
@@ -135,12 +173,25 @@ def draw_matrix(ax: Axes, face: FaceOff) -> None:
             ax.text(j, i, text, ha="center", va="center", fontsize=15 if len(names) <= 12 else 11)
     ax.set(xlim=(-0.5, len(groups) - 0.5), ylim=(len(names) - 0.5, -0.5))
     what = [f"{group}\n{label(face.headline(group))}" for group in groups]
-    ax.set_xticks(range(len(groups)), what, fontsize=13 if len(groups) <= 4 else 10)
+    size = 13.0 if len(groups) <= 4 else 10.0
+    ax.set_xticks(range(len(groups)), what, fontsize=size)
     ax.xaxis.tick_top()
+    figure: Any = ax.get_figure(root=True)
+    room = 0.97 * figure.bbox.width * ax.get_position().width / len(groups)
+    if _widest(ax) > room:
+        what = ["\n".join(line for part in text.split("\n") for line in wrap(part, HEADING)) for text in what]
+        ax.set_xticks(range(len(groups)), what, fontsize=size)
+        size *= min(1.0, room / _widest(ax))
+        ax.set_xticks(range(len(groups)), what, fontsize=size)
     ax.set_yticks(range(len(names)), names)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelcolor=PRINT.ink)
+
+
+def _widest(ax: Axes) -> float:
+    """Pixels of the widest name on the x axis."""
+    return max(name.get_window_extent().width for name in ax.get_xticklabels())
 
 
 def _draw_film(figure: Any, film: Film) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from recollect.eval.report.columns import PARAMETERS, SPEED, STATE, STEPS, Column, spread_note, waiting_rows
 from recollect.eval.report.data import FaceOff, Row, Stat
+from recollect.eval.report.language_tables import language_tables
 from recollect.eval.report.metrics import (
     ERRORS,
     FRAMES,
@@ -21,13 +23,9 @@ from recollect.eval.report.text import (
     Cell,
     Table,
     TableRow,
-    describe_unfinished,
     group_title,
-    human_bytes,
     human_count,
-    human_seconds,
     metric_text,
-    significant,
     steps_to,
 )
 
@@ -37,31 +35,33 @@ LEVELS = (0.5, 0.9)
 SUMMARY = "all-worlds"
 """The name of the table over all environments."""
 
-Column = tuple[str, Callable[[Row], str]]
-
 
 def tables(face: FaceOff) -> list[Table]:
     """The results table of every group, before them one over all environments, after them what is beyond training."""
     over_all = [] if (found := all_worlds(face)) is None else [found]
-    return [*over_all, *(table(face, group) for group in face.groups), *longer_tables(face)]
+    own = [found for group in face.groups for found in group_tables(face, group)]
+    return [*over_all, *own, *longer_tables(face)]
+
+
+def group_tables(face: FaceOff, group: str) -> list[Table]:
+    """The results of a group; of a language group, those of every task of the suite too."""
+    return language_tables(face, group) if face.family(group) == "language" else [table(face, group)]
 
 
 def table(face: FaceOff, group: str) -> Table:
-    """The results table of one group: rows best first, then reference lines, then rows without results."""
+    """The results table of a recall or world group: rows best first, reference lines, then rows without results."""
     ranked, family = face.ranked(group), face.family(group)
     metrics = shown(family, face.headline(group), {m for row in ranked for m in row.reported if row.metric(m)})
     bests = {metric: _best(ranked, metric) for metric in metrics}
     published, note_on_published = _published(face, group, metrics)
     costs: list[Column] = [
         *published,
-        ("parameters", lambda row: human_count(row.field("params"))),
-        ("state", lambda row: human_bytes(row.field("state_bytes"))),
+        PARAMETERS,
+        STATE,
         *([("keys per query", _budget)] if any(_budget(row) != ABSENT for row in ranked) else []),
-        ("steps", lambda row: human_count(row.field("steps"))),
+        STEPS,
         *_reached(ranked),
-        ("time", lambda row: human_seconds(row.field("wall_s"))),
-        ("steps/s", lambda row: ABSENT if row.steps_per_s is None else significant(row.steps_per_s)),
-        ("seeds", lambda row: f"{len(row.finished)} of {len(row.runs)}"),
+        *SPEED,
     ]
     rows: list[TableRow] = []
     for row in ranked:
@@ -71,9 +71,8 @@ def table(face: FaceOff, group: str) -> Table:
     for name, values in _lines(face, group):
         cells = [Cell(f"{100 * values[m]:.1f}" if m in values else "") for m in metrics]
         rows.append(TableRow(name, (*cells, *[Cell()] * (blank - len(cells))), "line"))
-    waiting = face.waiting(group)
-    rows += [TableRow(row.name, (Cell(_progress(row)), *[Cell()] * (blank - 1)), "waiting") for row in waiting]
-    note = _note(ranked) + (f"{ERRORS}{explained(metrics)}" if family == "world" else "")
+    rows += waiting_rows(face.waiting(group), blank)
+    note = spread_note(ranked) + (f"{ERRORS}{explained(metrics)}" if family == "world" else "")
     if note_on_published:
         note += f" {note_on_published}"
     if any(name.startswith("steps to") for name, _ in costs):
@@ -228,17 +227,3 @@ def _reached(ranked: Sequence[Row]) -> list[Column]:
 
     levels = [level for level in LEVELS if any(steps_to(row, level) for row in ranked)]
     return [(f"steps to {100 * level:.0f}\u00a0%", column(level)) for level in levels]
-
-
-def _progress(row: Row) -> str:
-    return "; ".join(describe_unfinished(run.status, run.seed, run.last_step) for run in row.runs)
-
-
-def _note(ranked: Sequence[Row]) -> str:
-    counts = sorted({len(row.finished) for row in ranked})
-    if not counts:
-        return "No run of this group has finished."
-    if counts == [1]:
-        return "One seed per row, so no spread is given. Best in bold. State: bytes carried per sequence."
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Mean ± sample standard deviation over {seeds} seeds. Best in bold. State: bytes carried per sequence."

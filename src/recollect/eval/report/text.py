@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recollect.eval.report.data import FaceOff, Row, Stat
+from recollect.eval.report.language import PLAIN, has_attention, plain_row, share_found, suite_lengths, told
 from recollect.eval.report.metrics import REWARDS, is_share, label, lower_is_better
 
 ABSENT = "-"
@@ -17,6 +18,15 @@ TIE = 0.02
 
 RELATIVE_TIE = 0.05
 """The same for errors, as a share of the smaller one."""
+
+NATS_TIE = 0.01
+"""The same for losses in nats per token, whose differences mean the same at any loss: one per cent of perplexity."""
+
+CHAPTERS = {"recall": "Words", "world": "Worlds", "language": "Text"}
+"""What the groups of a family are called together."""
+
+WHERE = {"recall": "in words", "world": "in worlds", "language": "on text"}
+"""The same in a sentence."""
 
 MARGIN = 0.05
 """A row is above chance or above the context-blind oracle when its mean less one deviation clears it by this much."""
@@ -48,6 +58,10 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[TableRow, ...]
     note: str
+    corner: str = "backbone"
+    """What its rows are."""
+    terminal: tuple[int, ...] | None = None
+    """The columns that a terminal has room for, none of them: it is left out there; None: by their names."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,29 @@ def metric_text(metric: str, stat: Stat | None) -> str:
     if stat is None:
         return ABSENT
     if is_share(metric):
-        return number(100 * stat.mean, 1) + ("" if stat.std is None else f"\u00a0±\u00a0{number(100 * stat.std, 1)}")
+        return share_text(stat)
     if lower_is_better(metric):
         return significant(stat.mean) + ("" if stat.std is None else f"\u00a0±\u00a0{significant(stat.std)}")
     return number(stat.mean, 1) + ("" if stat.std is None else f"\u00a0±\u00a0{number(stat.std, 1)}")
+
+
+def share_text(stat: Stat | None) -> str:
+    """As "97.1 ± 0.4", in per cent."""
+    if stat is None:
+        return ABSENT
+    return number(100 * stat.mean, 1) + ("" if stat.std is None else f"\u00a0±\u00a0{number(100 * stat.std, 1)}")
+
+
+def loss_text(stat: Stat | None) -> str:
+    """As "2.345 ± 0.004", in nats: their differences count, so all have the same digits."""
+    if stat is None:
+        return ABSENT
+    return number(stat.mean, 3) + ("" if stat.std is None else f"\u00a0±\u00a0{number(stat.std, 3)}")
+
+
+def score_text(family: str, metric: str, stat: Stat | None) -> str:
+    """What ranks a group, as its table writes it."""
+    return loss_text(stat) if family == "language" else metric_text(metric, stat)
 
 
 def task_name(face: FaceOff, group: str | None = None) -> str:
@@ -138,13 +171,15 @@ def group_title(face: FaceOff, group: str) -> str:
     if family == "recall":
         task = task_name(face, group)
         return f"Words: {own}, {task}" if own and task.replace(" ", "-") != own else f"Words: {task}"
+    if family == "language":
+        return f"Text: {own}" if own else "Text: loss, and what is found in long contexts"
     return f"Worlds: {own}" if own else "Worlds: reward and frames in imagination"
 
 
 def chapter_title(face: FaceOff, group: str) -> str:
     """The heading of a group's figures: "Worlds", and which one where there are several or it has a name."""
     family = face.family(group)
-    plain = "Words" if family == "recall" else "Worlds"
+    plain = CHAPTERS[family]
     return plain if group == family and len(face.groups_of(family)) == 1 else f"{plain}: {group}"
 
 
@@ -169,23 +204,21 @@ def verdict(face: FaceOff, group: str) -> Verdict | None:
     ranked = face.ranked(group)
     if not ranked:
         return None
-    best, line, metric = _score(ranked[0]), face.line(group), face.headline(group)
-    leaders = tuple(row for row in ranked if _level(best, _score(row), metric))
+    best, line = _score(ranked[0]), face.line(group)
+    leaders = tuple(row for row in ranked if _level(best, _score(row), _tie(face, group, best)))
     below = tuple(row for row in ranked if line is not None and _score(row).low <= line + MARGIN)
     return Verdict(leaders, tuple(row for row in ranked if row not in leaders), ranked[0] not in below, below)
 
 
 def answer(face: FaceOff) -> list[str]:
-    """The shortest true answer to "which backbone remembers?", one sentence per family, or one where they agree."""
+    """The shortest true answer to "which backbone remembers?": one sentence per family, or for all that agree."""
     found = {group: v for group in face.groups if (v := verdict(face, group)) is not None}
-    said: dict[str, str] = {}
-    for family, where in (("recall", "words"), ("world", "worlds")):
+    said: dict[str, list[str]] = {}
+    for family, where in WHERE.items():
         groups = {group: found[group] for group in face.groups_of(family) if group in found}
         if groups:
-            said[where] = _leading(groups)
-    if len(said) == 2 and said["words"] == said["worlds"]:
-        return [f"In words and in worlds, {said['words']}."]
-    return [f"In {where}, {names}." for where, names in said.items()]
+            said.setdefault(_leading(groups), []).append(where)
+    return [f"{(where := listed(wheres))[0].upper()}{where[1:]}, {names}." for names, wheres in said.items()]
 
 
 def sentences(face: FaceOff) -> list[str]:
@@ -223,9 +256,14 @@ def _score(row: Row) -> Stat:
     return score
 
 
-def _level(best: Stat, other: Stat, metric: str) -> bool:
+def _tie(face: FaceOff, group: str, best: Stat) -> float:
+    if face.family(group) == "language":
+        return NATS_TIE
+    return RELATIVE_TIE * abs(best.mean) if lower_is_better(face.headline(group)) else TIE
+
+
+def _level(best: Stat, other: Stat, tie: float) -> bool:
     # The other's spread does not count: a row whose seeds scatter is not level with one whose seeds agree.
-    tie = RELATIVE_TIE * abs(best.mean) if lower_is_better(metric) else TIE
     return abs(best.mean - other.mean) <= max(tie, best.std or 0.0)
 
 
@@ -237,6 +275,8 @@ def _group_sentences(face: FaceOff, group: str) -> list[str]:
     found = verdict(face, group)
     if found is None:
         return []
+    if face.family(group) == "language":
+        return [*_language_sentences(face, group, found), *_state_sentence(face.ranked(group), found.leaders)]
     if not is_share(face.headline(group)):
         return [_error_sentence(face, group, found), *_state_sentence(face.ranked(group), found.leaders)]
     line, family = face.line(group), face.family(group)
@@ -290,6 +330,71 @@ def _error_sentence(face: FaceOff, group: str, found: Verdict) -> str:
         if len(found.others) > 1:
             first += f" and the last, {found.others[-1].name}, by {significant(_score(found.others[-1]).mean)}"
     return f"In {group}, {first}."
+
+
+def _language_sentences(face: FaceOff, group: str, found: Verdict) -> list[str]:
+    """Who has the lowest loss, what attention brings against the same model without, and what is found furthest out."""
+    best, ranked = found.leaders[0], face.ranked(group)
+    if len(found.leaders) > 1:
+        low, high = (number(_score(row).mean, 3) for row in (best, found.leaders[-1]))
+        between = low if low == high else f"{low} to {high}"
+        first = f"{_names(found.leaders)} are level, at {between} nats per token of held-out text"
+    else:
+        first = f"{best.name} has the lowest loss, {loss_text(_score(best))} nats per token of held-out text"
+    if found.others:
+        first += f", {found.others[0].name} {number(_score(found.others[0]).mean, 3)}"
+        if len(found.others) > 1:
+            first += f" and the last, {found.others[-1].name}, {number(_score(found.others[-1]).mean, 3)}"
+    named = chapter_title(face, group).partition(": ")[2]
+    where = f"On text ({named})" if named else "On text"
+    return [f"{where}, {first}.", *_attention_sentence(face, group), *_suite_sentence(face, group, ranked)]
+
+
+def _attention_sentence(face: FaceOff, group: str) -> list[str]:
+    """The best row with attention against the one without."""
+    plain = plain_row(face, group)
+    best = next((row for row in face.ranked(group) if has_attention(row)), None)
+    if plain is None or best is None:
+        return []
+    mine, theirs = _score(best), _score(plain)
+    gain = theirs.mean - mine.mean
+    if _level(mine, theirs, NATS_TIE):
+        what = "Attention makes no clear difference to the loss"
+    else:
+        what = f"Attention takes {number(gain, 3)} nats off the loss"
+        if gain < 0:
+            what = f"Attention adds {number(-gain, 3)} nats to the loss"
+    others = [row for row in face.ranked(group) if not has_attention(row) and row is not plain]
+    beside = listed([f"{row.name} {number(_score(row).mean, 3)}" for row in others])
+    beside = f" ({beside})" if beside else ""
+    with_, without = number(mine.mean, 3), number(theirs.mean, 3)
+    return [f"{what}: {best.name} {with_} against {without} of {PLAIN}, the same model without it{beside}."]
+
+
+def _suite_sentence(face: FaceOff, group: str, ranked: Sequence[Row]) -> list[str]:
+    """Who finds most at the greatest length, against chance, and what the row without attention finds there."""
+    length = max(suite_lengths(ranked), default=0)
+    shares = {row.name: share for row in ranked if (share := share_found(row, length)) is not None}
+    if not shares:
+        return []
+    names = sorted(shares, key=lambda name: -shares[name].mean)
+    most = shares[names[0]]
+    chance = told(ranked, "chance", length=length) or 0.0
+    trained = face.trained.get(group)
+    far = f", {length / trained:g} times the trained length," if trained and length > trained else ""
+    if not most.mean:
+        return [f"At {length:,} tokens{far} no row finds any of the suite's answers."]
+    if most.low <= chance + MARGIN:
+        rest = f"{names[0]}, the first, {_spread(most)}"
+        return [f"At {length:,} tokens{far} no row finds clearly more than chance: {rest} of the suite's answers."]
+    level = [name for name in names if _level(most, shares[name], TIE)]
+    verb = "finds" if len(level) == 1 else "find"
+    first = f"{listed(level)} {verb} most of the suite's answers, {_spread(most)}"
+    if len(level) > 1:
+        first = f"{first} at best"
+    rest = [name for name in (PLAIN, names[-1]) if name in shares and name not in level]
+    against = "".join(f", {name} {percent(shares[name].mean)}" for name in dict.fromkeys(rest))
+    return [f"At {length:,} tokens{far} {first}{against}."]
 
 
 def _state_sentence(ranked: Sequence[Row], leaders: Sequence[Row]) -> list[str]:

@@ -32,6 +32,7 @@ from recollect.core.files import write_atomically
 from recollect.eval.report.animation import Animation, animation
 from recollect.eval.report.browse import most_episodes
 from recollect.eval.report.data import FaceOff, Row, binned, mean_table, plain, rows_of
+from recollect.eval.report.language import language_data
 from recollect.eval.report.page import chapters, provenance
 from recollect.eval.report.published import published_for, published_worlds
 from recollect.eval.report.rates import rate_data, rate_tables
@@ -93,7 +94,9 @@ def write_report(directory: Path) -> Path:
 def terminal_table(directory: Path) -> RenderableType:
     """The answer and a table for each group, for ``rich.print``. Raises as ``write_report`` does."""
     face = load_faceoff(directory)
-    return Group(Text(" ".join(answer(face)), style="bold"), *(_rich(table) for table in tables(face)))
+    return Group(
+        Text(" ".join(answer(face)), style="bold"), *(_rich(table) for table in tables(face) if table.terminal != ())
+    )
 
 
 def markdown_tables(directory: Path, only: str | None = None) -> str:
@@ -170,17 +173,19 @@ def _row_data(row: Row) -> dict[str, Any]:
         "attended": row.detail("attended"),
         "generation_mse_curve": row.detail("generation_mse_curve"),
         "curves": {name: dict(zip(("step", "value"), binned(*curve), strict=True)) for name, curve in curves.items()},
+        **language_data(row),
     }
 
 
 def _rich(table: Table) -> Group:
     shown = RichTable(title=Text(f"\n{table.title}", style="bold"), box=box.SIMPLE_HEAD, title_justify="left")
-    shown.add_column("backbone", min_width=min(24, max((len(row.name) for row in table.rows), default=0)))
+    shown.add_column(table.corner, min_width=min(24, max((len(row.name) for row in table.rows), default=0)))
     kept = [i for i, name in enumerate(table.columns) if name in TERMINAL_COLUMNS and not (i and name in FIRST_ONLY)]
     if len(kept) > 5 or "published, %" in table.columns:
         kept = [i for i in kept if table.columns[i] not in ("time", "seeds")]
     if not any(name in COSTS for name in table.columns) and len(table.columns) < 6:
         kept = list(range(len(table.columns)))
+    kept = kept if table.terminal is None else list(table.terminal)
     for i in kept:
         name = table.columns[i]
         shown.add_column(TERMINAL_COLUMNS.get(name, name), justify="right", no_wrap=name in TERMINAL_COLUMNS)
@@ -199,7 +204,7 @@ def _markdown(table: Table) -> str:
     def escape(text: str) -> str:
         return text.replace("\u00a0", " ").replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
-    lines = [f"**{escape(table.title)}**", "", cells("backbone", *map(escape, table.columns))]
+    lines = [f"**{escape(table.title)}**", "", cells(table.corner, *map(escape, table.columns))]
     lines.append(cells("---", *["---:"] * len(table.columns)))
     for row in table.rows:
         texts = [f"**{escape(cell.text)}**" if cell.best else escape(cell.text) for cell in row.cells]
