@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from recollect.ops import dispatch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read as Triton is imported
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,7 +42,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return made
 
-    # torch looks up once, at the first `with torch.device(...)`, which functions make tensors: let it see the true ones.
+    # torch looks up once, at the first `with torch.device(...)`, which functions make tensors: the true ones.
     with torch.device("cpu"):
         torch.empty(0)
     for owner, name in (
@@ -46,3 +52,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         (Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops run Triton's kernels: on a GPU, or in its interpreter where there is none."""
+    monkeypatch.setattr(dispatch, "KERNELS", "triton")

@@ -26,40 +26,62 @@ class Choice(NamedTuple):
 
 
 KERNELS = os.environ.get("RECOLLECT_KERNELS", "auto")
-"""``auto`` uses compiled kernels where they can run; ``torch`` uses PyTorch's own operations everywhere."""
+"""``auto`` uses compiled kernels where they can run: numba on a CPU, Triton on a GPU. ``torch`` uses PyTorch's own
+operations everywhere. ``triton`` takes Triton for tensors on a CPU too, where its interpreter runs (slow: for tests).
+"""
 
 
 def explain_kernels(*tensors: Tensor) -> Choice:
-    """Whether ops on these tensors run as numba kernels or as PyTorch's operations, and why."""
+    """Whether ops on these tensors run as numba kernels, as Triton kernels or as PyTorch's operations, and why."""
     if KERNELS == "torch":
         return Choice("torch", "RECOLLECT_KERNELS=torch")
     if torch.compiler.is_compiling():
-        return Choice("torch", "torch.compile traces PyTorch's operations and cannot see into numba's")
+        return Choice("torch", "torch.compile traces PyTorch's operations and cannot see into kernels")
     for tensor in tensors:
+        if tensor.device.type == "cuda" or KERNELS == "triton":
+            return _explain_triton(*tensors)
         if tensor.device.type != "cpu":
-            return Choice("torch", f"tensors on {tensor.device.type}: numba kernels run on a CPU")
+            return Choice("torch", f"tensors on {tensor.device.type}: kernels are for a CPU (numba) or a GPU (Triton)")
         if tensor.dtype not in (torch.float32, torch.float64):
             return Choice("torch", f"{tensor.dtype}: numba kernels take float32 and float64")
-    if missing := _numba_is_missing():
+    if missing := _is_missing("numba"):
         return Choice("torch", missing)
     return Choice("numba", "a compiled sequential kernel moves the least memory on a CPU")
+
+
+def _explain_triton(*tensors: Tensor) -> Choice:
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return Choice("torch", f"{tensor.dtype}: Triton kernels take float32, bfloat16 and float16")
+        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return Choice("torch", f"tensors on {tensor.device.type}: Triton needs a GPU, or TRITON_INTERPRET=1")
+    if missing := _is_missing("triton"):
+        return Choice("torch", missing)
+    return Choice("triton", "one kernel reads every tensor once on a GPU")
 
 
 def kernels(name: str, *tensors: Tensor) -> ModuleType | None:
     """The numba kernels ``ops/kernels/<name>.py`` if ``explain_kernels`` picks them, else None. All ``tensors`` are
     the floating-point tensors that a kernel would be given.
     """
-    if explain_kernels(*tensors).path == "torch":
+    if explain_kernels(*tensors).path != "numba":
         return None
     return importlib.import_module(f"recollect.ops.kernels.{name}")
 
 
+def gpu_kernels(name: str, *tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels ``ops/gpu/<name>.py`` if ``explain_kernels`` picks them, else None."""
+    if explain_kernels(*tensors).path != "triton":
+        return None
+    return importlib.import_module(f"recollect.ops.gpu.{name}")
+
+
 @cache
-def _numba_is_missing() -> str:
+def _is_missing(package: str) -> str:
     try:
-        importlib.import_module("numba")
+        importlib.import_module(package)
     except ImportError as error:
-        return f"numba cannot be imported: {error}"
+        return f"{package} cannot be imported: {error}"
     return ""
 
 
