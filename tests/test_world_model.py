@@ -68,6 +68,17 @@ def test_decoders_return_observations_and_score_the_truth_best(name: str) -> Non
     assert (decoder.loss(prediction, seen) <= decoder.loss(prediction, frames)).all()
 
 
+def test_tiles_are_encoded_as_one_hot_codes() -> None:
+    vision = Tiles(rows=2, columns=3, n_codes=4, hidden=8)
+    encoder, _ = vision.encoder()
+    codes = torch.randint(0, 4, (5, 2, 3), dtype=torch.uint8)
+    linear, *rest = encoder.get_submodule("net").children()
+    expected = linear(torch.nn.functional.one_hot(codes.long(), 4).flatten(1).float())
+    for module in rest:
+        expected = module(expected)
+    torch.testing.assert_close(encoder(codes), expected)
+
+
 def test_pixel_loss_is_the_squared_error_summed_over_a_frame() -> None:
     decoder = Pixels(size=40, depth=4).decoder(10)
     prediction = torch.zeros(1, 40, 40, 3)
@@ -254,6 +265,7 @@ def test_weights_start_as_dreamers() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "size": (lambda b: b._replace(observation=b.observation[..., :4]), r"made for .* shape \(5, 5\), got \(5, 4\)"),
     "actions": (lambda b: b._replace(action=b.action[..., :2]), "made for 3 actions, got actions 2 wide"),
+    "codes": (lambda b: b._replace(observation=b.observation + 100), "made for tile codes below 26, got 125"),
     "floats": (lambda b: b._replace(observation=b.observation * torch.nan), "must be uint8, got torch.float32"),
 }
 

@@ -37,6 +37,11 @@ class VisionConfig(Config, ABC):
     def decoder(self, features: int) -> Decoder:
         """The decoder from features of that width."""
 
+    @property
+    def n_values(self) -> int:
+        """An observation's numbers lie below it."""
+        return 256
+
 
 class Decoder(nn.Module, ABC):
     """From features to a predicted observation."""
@@ -62,6 +67,10 @@ class Tiles(VisionConfig, kind="tiles"):
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.rows, self.columns)
+
+    @property
+    def n_values(self) -> int:
+        return self.n_codes
 
     def encoder(self) -> tuple[nn.Module, int]:
         return _TileEncoder(self), self.hidden

@@ -210,6 +210,12 @@ class WorldModel(nn.Module):
             raise ConfigError(f"world-model: made for observations of shape {c.vision.shape}, got {shape}")
         if batch.action.shape[-1] != c.n_actions:
             raise ConfigError(f"world-model: made for {c.n_actions} actions, got actions {batch.action.shape[-1]} wide")
+        # Looking at numbers would make the host wait for a GPU, and cut a compiled graph in two.
+        looks = batch.observation.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and c.vision.n_values < 256 and batch.observation.numel():
+            highest = int(batch.observation.max())
+            if highest >= c.vision.n_values:
+                raise ConfigError(f"world-model: made for tile codes below {c.vision.n_values}, got {highest}")
 
 
 def _cross_entropy(head: nn.Module, features: Tensor, truth: Tensor) -> Tensor:
