@@ -157,8 +157,8 @@ class Bench:
     """Arguments of ``recollect bench``: those of what is measured."""
 
     what: Annotated[
-        Positional[Literal["layers", "attention", "decode", "worldmodel"]],
-        arg(metavar="{layers,attention,decode,worldmodel}"),
+        Positional[Literal["layers", "attention", "decode", "worldmodel", "explain"]],
+        arg(metavar="{layers,attention,decode,worldmodel,explain}"),
     ]
     """What to measure; each has options of its own."""
 
@@ -241,6 +241,18 @@ class BenchWorldmodel(_Measuring):
     """Episodes side by side, in training and in imagination."""
 
 
+@dataclass(frozen=True)
+class BenchExplain:
+    """Arguments of ``recollect bench explain``."""
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Of the tensors."""
+    length: int = 8192
+    """Positions of a sequence."""
+
+
 Measurement: TypeAlias = BenchLayers | BenchAttention | BenchDecode | BenchWorldmodel
 Command: TypeAlias = (
     List
@@ -252,6 +264,7 @@ Command: TypeAlias = (
     | Report
     | Bench
     | Measurement
+    | BenchExplain
     | Data
     | Envs
     | NestedCommand
@@ -310,7 +323,8 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
         "recollect bench layers --layers gru,mamba2 --lengths 256..4096\n"
         "recollect bench attention --help\n"
         "recollect bench decode --help\n"
-        "recollect bench worldmodel --help",
+        "recollect bench worldmodel --help\n"
+        "recollect bench explain",
     ),
     "data": (
         Data,
@@ -340,7 +354,7 @@ _DESCRIPTIONS: dict[str, tuple[type[Command], str, str]] = {
     ),
 }
 
-_MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
+_BENCHES: dict[str, tuple[type[Measurement | BenchExplain], str, str]] = {
     "layers": (
         BenchLayers,
         "Tokens per second, memory, state, parameters and accuracy of every layer by length, and of its peers.",
@@ -365,10 +379,16 @@ _MEASUREMENTS: dict[str, tuple[type[Measurement], str, str]] = {
         "recollect bench worldmodel --presets rssm,tssm,s5wm --lengths 1000 --threads 1 --budget-seconds 120\n"
         "recollect bench worldmodel --observation pixels --image-size 40 --batch 4 --device cuda --out runs/pixels",
     ),
+    "explain": (
+        BenchExplain,
+        "Which execution every operation would take on a device, and why; measures nothing. Also: recollect bench "
+        "--explain.",
+        "recollect bench explain\nrecollect bench explain --device cuda --dtype bfloat16 --length 131072",
+    ),
 }
 
 _NESTED: dict[str, dict[str, tuple[Any, str, str]]] = {
-    "bench": {**_MEASUREMENTS},
+    "bench": {**_BENCHES},
     "data": {**DATA},
     "envs": {**ENVS},
     "lm": {**LM},
@@ -387,6 +407,8 @@ def parse(argv: Sequence[str]) -> Command:
         assignments = tuple(word for word in words if _ASSIGNMENT.match(word))
         words = [word for word in words if not _ASSIGNMENT.match(word)]
         words = [each for i, word in enumerate(words) for each in _with_address(word, words[i + 1 : i + 2])]
+    if words[:2] == ["bench", "--explain"]:
+        words[1] = "explain"
     if chosen in _NESTED and words[1:] and words[1] in _NESTED[chosen]:
         kind, text, examples = _NESTED[chosen][words[1]]
         command = _parsed(kind, f"recollect {chosen} {words[1]}", text + _indented(examples), words[2:])

@@ -104,6 +104,19 @@ def bench(command: arguments.Measurement) -> int:
     return 1 if any(row["status"] == "failed" for row in record.rows) else 0
 
 
+def explain(command: arguments.BenchExplain) -> int:
+    """Print what ``ops.dispatch`` picks on a device."""
+    from recollect.eval.bench.explain import explain, table
+
+    rows = explain(command.device, command.dtype, command.length)
+    title = f"{command.device}, {command.dtype}, {command.length:,} positions"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(NARROWEST, console.width))
+    console.print(table(rows, title))
+    return 0
+
+
 def _draw(record: Record) -> None:
     from recollect.eval.bench.figures import draw
 

@@ -47,6 +47,10 @@ def execute(command: arguments.Command) -> int:
             from recollect.cli.bench import bench
 
             return bench(command)
+        case arguments.BenchExplain():
+            from recollect.cli.bench import explain
+
+            return explain(command)
         case (
             lm_arguments.LmDemo()
             | lm_arguments.LmRandom()
