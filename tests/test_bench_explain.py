@@ -32,7 +32,8 @@ def test_an_operation_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dispatch, "KERNELS", "triton")
     rows = {row.what: row for row in explain()}
     name = "recurrent cells (GRU, LSTM)"
-    assert rows[name].path == "torch" and rows[name].why == "no triton kernel for it"
+    assert rows[name].path == "torch"
+    assert rows[name].why == "no triton kernel for it"
 
 
 def test_every_kernel_is_named_as_its_module() -> None:
