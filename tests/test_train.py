@@ -239,6 +239,28 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     train(toy_run(), tmp_path)
 
 
+def test_a_run_that_cannot_begin_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(problem: Toy) -> nn.Module:
+        raise ConfigError("what it learns from is not there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Toy, "build_model", missing)
+        with pytest.raises(ConfigError, match="is not there"):
+            train(toy_run(), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("kept")
+        with pytest.raises(ConfigError, match="is not there"):
+            train(toy_run(), tmp_path / "mine")
+        assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
+    with pytest.raises(StoppedError):
+        train(toy_run(), tmp_path / "begun", stop=stop_at(3))
+    monkeypatch.setattr(Toy, "build_model", missing)
+    with pytest.raises(ConfigError, match="is not there"):
+        train(toy_run(), tmp_path / "begun")
+    assert RunDirectory(tmp_path / "begun").checkpoints.exists()
+
+
 def test_a_directory_with_checkpoints_and_no_config_is_not_taken_over(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         train(toy_run(), tmp_path, stop=stop_at(3))

@@ -89,8 +89,8 @@ class RunDirectory:
         """Arrays of the final evaluation."""
         return self.path / "arrays.npz"
 
-    def claim(self, run: RunConfig) -> None:
-        """Make the directory this run's own, or check that it is.
+    def claim(self, run: RunConfig) -> bool:
+        """Make the directory this run's own, or check that it is; whether it was not before.
 
         Raises OtherRunError naming the keys that differ when it belongs to another config, RunError when it is damaged.
         """
@@ -98,7 +98,7 @@ class RunDirectory:
             if self.path.exists() and any(self.path.glob("checkpoints/*.json")):
                 raise RunError(f"{self.path} holds checkpoints but no config.json; choose another --out or delete it")
             write_atomically(self.config, dumps(run).encode())
-            return
+            return True
         held = read_json(self.config)
         if not isinstance(held, dict):
             raise RunError(f"{self.config} is not a JSON object; delete {self.path} and run the same command again")
@@ -109,6 +109,15 @@ class RunDirectory:
                 f"{self.path} holds a run of another config ({'; '.join(changed[:3])}{more}); "
                 f"choose another --out or delete that directory"
             )
+        return False
+
+    def give_up(self) -> None:
+        """Take back a claim of which nothing came but the record of its start."""
+        made = {self.config, self.environment, self.path / ".lock"}
+        if set(self.path.iterdir()) <= made:
+            for path in made:
+                path.unlink(missing_ok=True)
+            self.path.rmdir()
 
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Describe a start in ``environment.json``; the starts it resumes move to its list ``earlier``."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.core.config import fingerprint
-from recollect.core.errors import ConfigError, RunError
+from recollect.core.errors import ConfigError, RecollectError, RunError
 from recollect.core.files import write_atomically
 from recollect.core.seeding import Streams
 from recollect.train import checkpoint as ckpt
@@ -91,24 +91,38 @@ def train(
             check_workers(data_workers)
             check_compile(compile, on)
             _check_parts(parallel, compile, accumulate)
+            new = team.first and where.claim(run)
             if team.first:
-                where.claim(run)
                 held.enter_context(where.lock())
-        with team.together():
-            results = where.finished(run) if team.first else None
-            if team.first and results is None:
-                if counting is not None:
-                    run.problem.build().make_data(stoppable(counting, stop, directory), data_workers)
-                carried_out = {"data_workers": data_workers, "compile": compile, "parallel": parallel}
-                carried_out |= {"processes": team.size, "accumulate": accumulate, "recompute": recompute}
-                where.record_start({**environment(on), **carried_out})
-        if (results := _from_first(team, results)) is not None:
-            return results
-        held.enter_context(torch.random.fork_rng(devices=[on] if on.type == "cuda" else []))
-        loop = _Loop(run, where, on, compile, team, recompute)
+        with _beginning(where, new):
+            with team.together():
+                results = where.finished(run) if team.first else None
+                if team.first and results is None:
+                    if counting is not None:
+                        run.problem.build().make_data(stoppable(counting, stop, directory), data_workers)
+                    carried_out = {"data_workers": data_workers, "compile": compile, "parallel": parallel}
+                    carried_out |= {"processes": team.size, "accumulate": accumulate, "recompute": recompute}
+                    where.record_start({**environment(on), **carried_out})
+            if (results := _from_first(team, results)) is not None:
+                return results
+            held.enter_context(torch.random.fork_rng(devices=[on] if on.type == "cuda" else []))
+            loop = _Loop(run, where, on, compile, team, recompute)
         cut = Cut(team.size * accumulate, team.rank * accumulate, accumulate)
         with batches(run, loop.problem, loop.step + 1, on, data_workers, cut) as take:
             return loop.run(take, progress or (lambda _: None), stop or (lambda: False))
+
+
+@contextmanager
+def _beginning(where: RunDirectory, new: bool) -> Generator[None]:
+    """Around what comes before the first step: what the user can mend there leaves no new directory behind."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except RecollectError:
+        if new:
+            where.give_up()
+        raise
 
 
 def _check_parts(parallel: Parallel, compile: Compile, accumulate: int) -> None:  # noqa: A002
