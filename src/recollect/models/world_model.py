@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from recollect.core.config import Config as BaseConfig
 from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
+from recollect.core.steps import Steps
+from recollect.core.types import State
 from recollect.models import latent
 from recollect.models.dense import dense
 from recollect.models.dynamics import DynamicsConfig, Frames, Observed, WorldState
@@ -166,13 +168,16 @@ class WorldModel(nn.Module):
         if steps is None:
             raise ConfigError("imagine: a policy needs a horizon")
         hs, zs, taken = [], [], []
+        h, z = state.h, state.z
         with unchanging():
+            dream = Steps(self._dreamt, state)
             for t in range(steps):
-                action = actions[:, t] if isinstance(actions, Tensor) else actions(state.h, state.z)
-                state = self.imagine_step(state, action, generator=generator)
-                hs.append(state.h)
-                zs.append(state.z)
+                action = actions[:, t] if isinstance(actions, Tensor) else actions(h, z)
+                h, z = dream(action, self._noise(state, generator))
+                hs.append(h)
+                zs.append(z)
                 taken.append(action)
+            state = cast(WorldState, dream.state)
         h, z = torch.stack(hs, 1), torch.stack(zs, 1)
         seen = self.reconstruct(h, z)
         return Imagined(h, z, torch.stack(taken, 1), seen, self.reward(h, z), self.goes_on(h, z), state)
@@ -181,10 +186,18 @@ class WorldModel(nn.Module):
         self, state: WorldState, action: Tensor, *, generator: torch.Generator | None = None
     ) -> WorldState:
         """One step of a dream: action (B, A), and a latent drawn from the prior (its mode without a generator)."""
-        h, inner = self.dynamics.step(state.z, action, state.inner)
-        log_p = self.dynamics.prior(h)
-        noise = latent.noise((h.shape[0],), self.config.dynamics.latent, generator, h.device)
-        return WorldState(inner, latent.draw(log_p, noise), h)
+        return self._dreamt(state, (action, self._noise(state, generator)))[1]
+
+    def _dreamt(self, state: State, inputs: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor, Tensor], WorldState]:
+        """(h, z) and the state after an action, the latent drawn by the noise."""
+        (inner, z, _), (action, noise) = cast(WorldState, state), inputs
+        assert action is not None
+        h, inner = self.dynamics.step(z, action, inner)
+        z = latent.draw(self.dynamics.prior(h), noise)
+        return (h, z), WorldState(inner, z, h)
+
+    def _noise(self, state: WorldState, generator: torch.Generator | None) -> Tensor | None:
+        return latent.noise((state.h.shape[0],), self.config.dynamics.latent, generator, state.h.device)
 
     @torch.no_grad()
     def reconstruct(self, h: Tensor, z: Tensor) -> Tensor:
