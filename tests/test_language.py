@@ -219,6 +219,23 @@ def test_writing_is_flat_in_state_and_reproducible(hax_model: Path) -> None:
         Stream(model, tokenizer, "", 3)
 
 
+def test_writing_through_a_recorded_step_is_the_same_writing(hax_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recollect.core.steps import Steps
+    from recollect.hf import stream
+
+    model, tokenizer = load_model(hax_model), ByteTokenizer()
+    plain = "".join(stream.Stream(model, tokenizer, "In Paris", 12))
+    made: list[Steps[Any]] = []
+
+    def recorded(step: Any, state: Any) -> Steps[Any]:
+        made.append(Steps(step, state, record=lambda run: run))
+        return made[0]
+
+    monkeypatch.setattr(stream, "Steps", recorded)
+    assert "".join(stream.Stream(model, tokenizer, "In Paris", 12)) == plain
+    assert made[0].why == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

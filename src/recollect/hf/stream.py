@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from transformers import DynamicCache
 
 from recollect.core.derived import unchanging
 from recollect.core.errors import ConfigError
-from recollect.hf.cache import state_bytes
+from recollect.core.state import nbytes
+from recollect.core.steps import Steps
+from recollect.core.types import State
+from recollect.hf.cache import StateLayer
 from recollect.hf.modeling import RecollectForCausalLM
 from recollect.text.tokenizer import TextTokenizer
 
@@ -60,6 +64,7 @@ class Stream:
             out = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = out.logits[:, -1]
         read_s, started = time.perf_counter() - started, time.perf_counter()
+        steps = Steps(partial(self._step, cache), tuple(layer.state for layer in _layers(cache)))
         written: list[int] = []
         shown = ""
         while len(written) < self.n and (chosen := self._choose(logits)) != self.tokenizer.eos_id:
@@ -69,15 +74,22 @@ class Stream:
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-            out = self.model(tokens.new_tensor([[chosen]]), past_key_values=cache, use_cache=True)
-            logits = out.logits[:, -1]
+            logits = steps(tokens.new_tensor([[chosen]]))
         if rest := self.tokenizer.decode(written)[len(shown) :]:
             yield rest
         wrote_s = time.perf_counter() - started
         self.summary = (
             f"{len(self.prompt):,} tokens read in {read_s:.2f} s, {len(written):,} written at "
-            f"{len(written) / max(wrote_s, 1e-9):.1f} a second; the state has {state_bytes(cache):,} bytes"
+            f"{len(written) / max(wrote_s, 1e-9):.1f} a second; the state has {nbytes(steps.state):,} bytes"
         )
+
+    def _step(self, cache: DynamicCache, state: State, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, State]:
+        """Logits (1, V) after one more token (1, 1), and the states of all layers."""
+        layers = _layers(cache)
+        for layer, part in zip(layers, state, strict=True):
+            layer.state = part
+        out = self.model(inputs[0], past_key_values=cache, use_cache=True)
+        return out.logits[:, -1], tuple(layer.state for layer in layers)
 
     def _choose(self, logits: Tensor) -> int:
         if self.temperature == 0:
@@ -86,3 +98,7 @@ class Stream:
         # The first one stays whatever its share.
         p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0)
         return int(order[torch.multinomial(p, 1, generator=self.generator)])
+
+
+def _layers(cache: DynamicCache) -> list[StateLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, StateLayer)]
