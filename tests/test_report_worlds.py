@@ -172,7 +172,26 @@ class TestNumbers:
         assert places(face, MEMORY) == {"rssm": 1.5, "s4wm": 1.5, "tssm": 3.0}
         found = all_worlds(face)
         assert found is not None
-        assert [row.cells[-1].text for row in found.rows] == ["1.5", "1.5", "3.0"]
+        assert [row.cells[-1].text for row in found.rows] == ["1.5", "1.5", "3.0", ""]
+
+    def test_a_world_where_nobody_beats_the_mean_picture_has_no_leader(self, tmp_path: Path) -> None:
+        envs = {name: ENVS[name] for name in (DOORS, ROOMS)}
+        where = write_worlds(tmp_path, rows=("rssm", "s5wm"), envs=envs, skill={"rssm": 0.2, "s5wm": 0.9})
+        for group, blank in ((DOORS, 9.0), (ROOMS, 1.5)):  # errors are 8 and 1
+            for path in (where / group).glob("*/*/results.json"):
+                results = json.loads(path.read_text())
+                results["details"]["mean_picture_mse"] = blank
+                path.write_text(json.dumps(results))
+        face = load_faceoff(where)
+        assert answer(face) == ["In worlds, s5wm leads or is level in 1 of 2."]
+        said = " ".join(sentences(face))
+        assert f"In {ROOMS}, no backbone has learned to dream yet: s5wm, the best, errs by 1" in said
+        assert "the mean picture by 1.5" in said
+        found = all_worlds(face)
+        assert found is not None
+        assert [cell.text for cell in found.rows[-1].cells] == ["9", "1.5", ""]
+        assert "No memory: chance, or the error of the mean picture." in found.note
+        assert [row.name for row in table(face, DOORS).rows] == ["s5wm", "rssm", "mean picture"]
 
     def test_longer_and_rebuilt_have_tables_of_their_own(self, face: FaceOff) -> None:
         (longer,) = longer_tables(face)

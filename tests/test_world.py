@@ -27,6 +27,7 @@ from recollect.models.latent import LatentConfig
 from recollect.models.probe import Asked, Probe
 from recollect.models.s4wm import S4WM
 from recollect.models.vision import Pixels
+from recollect.models.world_model import WorldModel
 from recollect.recipes import load_recipe
 from recollect.train.batches import digest
 from recollect.train.loop import train
@@ -61,6 +62,10 @@ def world_config(observation: str = "tiles") -> WorldConfig:
     )
 
 
+def dream_of(problem: World, model: WorldModel, episode: int) -> Dream:
+    return problem.dream(model, "test", [episode], torch.Generator().manual_seed(0))
+
+
 class TestWorld:
     @pytest.mark.parametrize("observation", ["tiles", "pixels"])
     def test_a_step_and_an_evaluation(self, observation: str) -> None:
@@ -79,6 +84,9 @@ class TestWorld:
         scored = problem.evaluate(model.eval(), Streams(0), final=True)
         assert len(scored.details["generation_mse_curve"]) == scored.details["query"] == 6
         assert np.mean(scored.details["generation_mse_curve"]) == pytest.approx(scored.metrics["generation_mse"])
+        frames = np.concatenate([dream_of(problem, model, i).truth_pictures[0] for i in range(5)]) / 255.0
+        around = ((frames - frames.mean(0)) ** 2).sum((1, 2, 3)).mean()
+        assert scored.details["mean_picture_mse"] == pytest.approx(around)
         assert scored.arrays["strip_truth"].shape == scored.arrays["strip_imagined"].shape == (4, 6, 40, 40, 3)
         assert problem.describe(model)["state_bytes"] == nbytes(model.init_state(1)._replace(h=torch.zeros(0)))
 

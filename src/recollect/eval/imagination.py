@@ -119,6 +119,30 @@ def squared_error(a: Bytes, b: Bytes) -> Floats:
     return total
 
 
+class MeanPicture:
+    """The error of answering every frame with the mean of all of them: what a dream without any memory can reach.
+
+    Of frames (n, T, H, W, 3) that pass by a part at a time; memory is that of one picture.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.sums: Floats = np.zeros(())
+        self.squares = 0.0
+
+    def add(self, frames: Bytes) -> None:
+        """Count these frames too."""
+        self.n += frames.shape[0] * frames.shape[1]
+        self.sums = self.sums + frames.sum((0, 1), dtype=np.int64).astype(np.float64)
+        for episode in frames:
+            values = episode.astype(np.int32)
+            self.squares += float(np.einsum("thwc,thwc->", values, values, dtype=np.int64))
+
+    def error(self) -> float:
+        """Squared error on [0, 1] summed over pixels and channels, the mean over all frames."""
+        return float(self.squares - (self.sums**2).sum() / self.n) / self.n / 255.0**2
+
+
 def picture(observation: Tensor) -> Bytes:
     """Pictures (n, T, H, W, 3) of tile codes (n, T, h, w), or the pictures themselves."""
     return (render_on(observation) if observation.ndim == 4 else observation).cpu().numpy()

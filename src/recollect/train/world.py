@@ -25,7 +25,7 @@ from recollect.envs.tiles import TILE_PIXELS
 from recollect.eval.attended import Attended
 from recollect.eval.attended_frames import attended_frames
 from recollect.eval.contexts import StoredContexts
-from recollect.eval.imagination import Dream, Gallery, Scores, dream, joined
+from recollect.eval.imagination import Dream, Gallery, MeanPicture, Scores, dream, joined
 from recollect.eval.imagined_env import ImaginedEnv
 from recollect.eval.pictures import render_on, save_strips, tiles_of
 from recollect.eval.probing import probe_scores
@@ -194,10 +194,12 @@ class World(Problem):
         actions: list[npt.NDArray[Any]] = []
         truth: list[npt.NDArray[np.uint8]] = []
         n_values = 1
+        pictures = MeanPicture()
         for arrays in self._parts(env, split):
             result = dream(model, self.see(self._aligned(arrays, _device(model))), env.context_length, generator)
             scores.append(result.scores)
             n_values = int(np.prod(result.truth_pictures.shape[2:]))
+            pictures.add(result.truth_pictures)
             if gallery is not None:
                 gallery.show(result)
             if env.judged:
@@ -216,6 +218,7 @@ class World(Problem):
         return metrics, {
             "generation_mse_curve": whole.generation.mean(0).tolist(),
             "reconstruction_mse_curve": whole.reconstruction.mean(0).tolist(),
+            "mean_picture_mse": pictures.error(),
         }
 
     def _attended(self, model: WorldModel) -> Attended:

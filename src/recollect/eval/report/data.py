@@ -50,6 +50,11 @@ class Stat:
         """One standard deviation below the mean (the mean itself for a single seed)."""
         return self.mean - (self.std or 0.0)
 
+    @property
+    def high(self) -> float:
+        """One standard deviation above the mean."""
+        return self.mean + (self.std or 0.0)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -329,6 +334,13 @@ class FaceOff:
             return None
         chances = [float(c) for row in self.groups.get(group, ()) for c in row.detail("chance")]
         return chances[0] if chances else 0.5
+
+    def blank(self, group: str) -> float | None:
+        """The error of the mean picture, where dreamed frames rank the rows and their runs recorded it."""
+        if self.family(group) != "world" or self.headline(group) != "generation_mse":
+            return None
+        errors = [float(e) for row in self.groups.get(group, ()) for e in row.detail("mean_picture_mse")]
+        return errors[0] if errors else None
 
 
 def mean_of_curves(curves: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:

@@ -69,7 +69,7 @@ def table(face: FaceOff, group: str) -> Table:
         rows.append(TableRow(row.name, (*cells, *(Cell(text(row)) for _, text in costs))))
     blank = len(metrics) + len(costs)
     for name, values in _lines(face, group):
-        cells = [Cell(f"{100 * values[m]:.1f}" if m in values else "") for m in metrics]
+        cells = [Cell(metric_text(m, Stat.of([values[m]])) if m in values else "") for m in metrics]
         rows.append(TableRow(name, (*cells, *[Cell()] * (blank - len(cells))), "line"))
     rows += waiting_rows(face.waiting(group), blank)
     note = spread_note(ranked) + (f"{ERRORS}{explained(metrics)}" if family == "world" else "")
@@ -104,6 +104,14 @@ def all_worlds(face: FaceOff) -> Table | None:
         lines.append(TableRow(name, (*cells, Cell(ABSENT if rank is None else f"{rank:.1f}"))))
     columns = (*(f"{group}: {label(face.headline(group))}" for group in groups), "mean rank")
     note = "What ranks the rows of each environment. Best in bold. Mean rank: of the places in all of them; 1 is first."
+    without = {group: next((v for _, v in _lines(face, group)), {}).get(face.headline(group)) for group in groups}
+    if any(value is not None for value in without.values()):
+        cells = [
+            Cell("" if (value := without[group]) is None else metric_text(face.headline(group), Stat.of([value])))
+            for group in groups
+        ]
+        lines.append(TableRow("no memory", (*cells, Cell()), "line"))
+        note += " No memory: chance, or the error of the mean picture."
     return Table(SUMMARY, "Worlds: every backbone in every environment", columns, tuple(lines), note + ERRORS)
 
 
@@ -195,9 +203,11 @@ def _same(stat: Stat | None, best: float | None) -> bool:
 
 
 def _lines(face: FaceOff, group: str) -> list[tuple[str, dict[str, float]]]:
-    """Reference lines under a table: the oracles of recall, the chance of rewards."""
+    """Reference lines under a table: the oracles of recall, the chance of rewards, the mean picture of frames."""
     if face.family(group) == "recall":
         return [(name, {"accuracy": value}) for name, value in face.oracles(group).items()]
+    if (blank := face.blank(group)) is not None:
+        return [("mean picture", {"generation_mse": blank})]
     chance = face.line(group)
     return [] if chance is None else [("chance", dict.fromkeys(REWARDS, chance))]
 

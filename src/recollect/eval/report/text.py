@@ -64,6 +64,11 @@ class Table:
     """The columns that a terminal has room for, none of them: it is left out there; None: by their names."""
 
 
+LEARNED = 0.5
+"""A row has learned to dream when its error, and a deviation more, is below this share of the mean picture's: a blurred
+scene without anything in it gets that far."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Who leads a group: every row that is level with the best, and whether the best clears the line at all."""
@@ -207,6 +212,8 @@ def verdict(face: FaceOff, group: str) -> Verdict | None:
     best, line = _score(ranked[0]), face.line(group)
     leaders = tuple(row for row in ranked if _level(best, _score(row), _tie(face, group, best)))
     below = tuple(row for row in ranked if line is not None and _score(row).low <= line + MARGIN)
+    if (blank := face.blank(group)) is not None:
+        below = tuple(row for row in ranked if _score(row).high >= LEARNED * blank)
     return Verdict(leaders, tuple(row for row in ranked if row not in leaders), ranked[0] not in below, below)
 
 
@@ -320,6 +327,13 @@ def _error_sentence(face: FaceOff, group: str, found: Verdict) -> str:
     """Who errs least; ``generation_mse`` is called by what it is, other errors by their name."""
     metric, best = face.headline(group), found.leaders[0]
     what = "per imagined frame" if metric == "generation_mse" else f"({label(metric)})"
+    if not found.clears:
+        blank = face.blank(group)
+        against = "" if blank is None else f"; the mean picture by {significant(blank)}"
+        return (
+            f"In {group}, no backbone has learned to dream yet: {best.name}, the best, errs by "
+            f"{metric_text(metric, _score(best))} {what}{against}."
+        )
     if len(found.leaders) > 1:
         low, high = _score(best).mean, max(_score(row).mean for row in found.leaders)
         first = f"{_names(found.leaders)} are level, at {significant(low)} to {significant(high)} {what}"
