@@ -15,7 +15,7 @@ from recollect.train.language import LanguageConfig
 from recollect.train.loop import train
 
 
-@pytest.mark.parametrize("name", ["language-micro", "language-smoke"])
+@pytest.mark.parametrize("name", ["language-micro", "language-mini", "language-smoke"])
 def test_rows_differ_in_their_attention_alone(name: str) -> None:
     runs = {run.row: run for run in load_recipe(name).runs}
     assert list(runs) == ["none", "none-longer", *PATTERNS, "recommended"]

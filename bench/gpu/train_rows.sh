@@ -4,7 +4,7 @@
 #
 #   bench/gpu/train_rows.sh RECIPE OUT [FROM]
 #
-#   RECIPE   recall-published, or worlds-paper-ENV
+#   RECIPE   recall-published, worlds-paper-ENV, or language-mini
 #   OUT      where runs, checks and tables go
 #   FROM     the OUT of an earlier slice, copied to OUT and gone on from
 #
@@ -29,6 +29,10 @@ case "$recipe" in
     group=$(sed -E 's/^worlds-[a-z]+-//' <<<"$recipe")
     rows="s5wm:0 s4wm:0 rssm:0 tssm:0 haxwm:0 mamba2wm:0"
     ;;
+  language-*)
+    group=language
+    rows="none:0 HAX:0 recommended:0 LSH:0 KS:0 SW:0 SW+D:0 A:0 D:0 none-longer:0"
+    ;;
   *)
     echo "$usage" >&2
     exit 2
@@ -40,10 +44,20 @@ deadline=$((SECONDS + limit))
 mkdir -p "$out"
 if [ -n "$from" ]; then cp -r "$from"/. "$out"/ && chmod -R u+w "$out"; fi
 
+# The model that rows go on from, finished or not, comes back with the runs; text and episodes are made again.
+data=${RECOLLECT_DATA:-runs/data}
+mkdir -p "$data"
+if [ -d "$out/models" ]; then cp -rn "$out/models"/. "$data"/; fi
+keep_models() {
+  mkdir -p "$out/models"
+  cp -ru "$data"/model-*/ "$out/models"/ 2>/dev/null || true
+}
+trap keep_models EXIT
+timeout --signal=TERM --kill-after=20 $((deadline - SECONDS - 15)) \
+  "$python" bench/gpu/make_data.py "$recipe" --workers "$workers" --device cuda || exit $?
 if [ ! -f "$out/check.json" ]; then
   "$python" bench/gpu/check_rows.py "$recipe" --device cuda --out "$out/check.json"
 fi
-"$python" bench/gpu/make_episodes.py "$recipe" --workers "$workers"
 for entry in $rows; do
   row=${entry%%:*} seed=${entry##*:}
   left=$((deadline - SECONDS - 15))

@@ -20,6 +20,7 @@ RECIPES: dict[str, str] = {
     "recall-mini": "recollect.recipes.recall:recall_mini",
     "recall-published": "recollect.recipes.recall:recall_published",
     "language-micro": "recollect.recipes.language:language_micro",
+    "language-mini": "recollect.recipes.language:language_mini",
     "language-smoke": "recollect.recipes.language:language_smoke",
     "worlds-micro": "recollect.recipes.worlds:worlds_micro",
     "worlds-mini": "recollect.recipes.worlds:worlds_mini",

@@ -122,6 +122,29 @@ def language_micro() -> FaceOff:
     return scale.faceoff("language-micro", "HAX beside a pretrained Mamba-2", (0, 1))
 
 
+def language_mini() -> FaceOff:
+    """Twenty million parameters: a GPU's slices of some minutes a row, or days on two cores."""
+    tasks = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
+    short = MadeCorpus(60_000, (600, 1500), tasks=tasks, vocab_size=2048)
+    scale = Scale(
+        d_model=512,
+        n_layers=10,
+        short=short,
+        corpus=MadeCorpus(20_000, (1500, 6000), tasks=tasks, tokenizer_of=short, seed=1),
+        long=MadeCorpus(160, (55_000, 60_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
+        base_length=1024,
+        base_batch=32,
+        base_steps=4000,
+        base_lr=2e-3,
+        steps=1500,
+        lr=6e-4,
+        batch_size=16,
+        questions=SuiteQuestions(tasks=tasks, lengths=(2048, 4096, 8192, 16_384), depths=(0.0, 0.5, 1.0), n=20),
+        lengths=(2048, 4096, 8192, 16_384),
+    )
+    return scale.faceoff("language-mini", "HAX beside a larger pretrained Mamba-2", (0, 1))
+
+
 def language_smoke() -> FaceOff:
     """The same in a minute: that it runs, not what it finds."""
     tasks = ("needle-noise",)

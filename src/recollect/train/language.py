@@ -160,7 +160,7 @@ class Language(Problem):
             if isinstance(data, MadeCorpus):
                 data.store(counting)
         if isinstance(self.config.model, RunConfig):
-            _trained(self.config.model, counting)
+            pretrained(self.config.model, counting)
 
     def build_model(self) -> RecollectForCausalLM:
         """Raises ConfigError where there is nothing to train."""
@@ -169,7 +169,7 @@ class Language(Problem):
             from recollect.hf.convert import joined
             from recollect.hf.loading import load_model
 
-            folder = _trained(c.model) if isinstance(c.model, RunConfig) else Path(c.model)
+            folder = pretrained(c.model) if isinstance(c.model, RunConfig) else Path(c.model)
             model = load_model(folder, torch.float32)
             if c.beside is not None:
                 model = joined(model, c.beside, torch.initial_seed() % 2**31)
@@ -371,8 +371,17 @@ def _of_width(kind: str, d_model: int) -> LayerConfig:
     return LAYERS[kind].Config(d_model)
 
 
-def _trained(run: RunConfig, counting: Counting | None = None) -> Path:
-    """The folder of the model that ``run`` trains, once for all runs that go on from it."""
+def pretrained(
+    run: RunConfig,
+    counting: Counting | None = None,
+    *,
+    device: str = "cpu",
+    stop: Callable[[], bool] | None = None,
+) -> Path:
+    """The folder of the model that ``run`` trains, once for all runs that go on from it, below RECOLLECT_DATA.
+
+    A training that was stopped goes on where it was. Raises as ``train.loop.train`` does.
+    """
     directory = Path(os.environ.get("RECOLLECT_DATA", "runs/data")) / f"model-{fingerprint(run)}"
     out = directory / "model"
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -384,7 +393,7 @@ def _trained(run: RunConfig, counting: Counting | None = None) -> Path:
                     if show is not None:
                         show(record["step"], run.train.steps)
 
-                train(run, directory, progress=told, counting=counting)
+                train(run, directory, device=device, progress=told, counting=counting, stop=stop)
             save_model(directory, out)
     return out
 
