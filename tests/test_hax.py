@@ -193,6 +193,8 @@ def test_training_with_redrawn_planes_resumes_bit_for_bit() -> None:
     resumed = HAX(config)
     resumed.load_state_dict(saved)
     assert torch.equal(torch.stack(go_on(resumed, range(4, 8))), torch.stack(whole))
+    layer.load_state_dict(saved)
+    assert torch.equal(torch.stack(go_on(layer, range(4, 8))), torch.stack(whole)), "what it had drawn is forgotten"
     stale = HAX(config)
     stale.load_state_dict(saved | {"attention.plane_draws": torch.tensor(0)})
     assert not torch.equal(torch.stack(go_on(stale, range(4, 8))), torch.stack(whole)), "the counter matters"

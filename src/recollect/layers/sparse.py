@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,9 @@ class SparseAttention(SequenceLayer):
                 self.planes = nn.Parameter(planes)
             else:
                 self.register_buffer("planes", planes)
+        self._draw: tuple[int, int] | None = None
         if config.planes == "redrawn":
+            self.register_load_state_dict_post_hook(self._forget_draw)
             self.register_buffer("plane_seed", torch.randint(2**62, ()))
             self.register_buffer("plane_draws", torch.zeros((), dtype=torch.int64))
         if self.key_selection is not None:
@@ -180,7 +182,7 @@ class SparseAttention(SequenceLayer):
 
     def forward(self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None) -> LayerOut:
         if self.training and self.config.planes == "redrawn":
-            self.plane_draws.add_(1)
+            self._next_draw()  # pyright: ignore[reportCallIssue] the decorator is untyped
         return self._attend(x, state, reset, taught=self.training)
 
     def step(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
@@ -212,10 +214,21 @@ class SparseAttention(SequenceLayer):
             return self.planes
         return self._redrawn()  # pyright: ignore[reportCallIssue, reportReturnType] the decorator is untyped
 
+    @torch.compiler.disable  # a number that changes at every call would be compiled for anew
+    def _next_draw(self) -> None:
+        self._draw = None if self._draw is None else (self._draw[0], self._draw[1] + 1)
+        self.plane_draws.add_(1)
+
+    @staticmethod
+    def _forget_draw(layer: SparseAttention, _: Any) -> None:
+        layer._draw = None
+
     @torch.compiler.disable
     def _redrawn(self) -> Tensor:
         heads, d_key, n_rounds, n_planes = self.planes.shape
-        generator = torch.Generator().manual_seed(int(self.plane_seed) + int(self.plane_draws))
+        if self._draw is None:  # read once: a GPU would have to be waited for at every step
+            self._draw = int(self.plane_seed), int(self.plane_draws)
+        generator = torch.Generator().manual_seed(sum(self._draw))
         return draw_planes(d_key, heads, n_rounds, n_planes, generator).to(self.planes)
 
     @property
@@ -315,7 +328,8 @@ class SparseAttention(SequenceLayer):
         c = self.config
         projected = self.to_qk(x).unflatten(-1, (self.n_projections, c.n_heads, c.d_key))
         if c.normalise == "l2":
-            projected = F.normalize(projected, dim=-1)
+            # Under autocast norms are float32, and would make the queries and keys so.
+            projected = F.normalize(projected, dim=-1).to(projected.dtype)
         q, k = projected[:, :, 0], projected[:, :, -1]
         return (q * self.log_scale.exp()[:, None].to(q.dtype), k, 1.0) if c.learn_scale else (q, k, c.start_scale)
 
