@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # after every step; keeping them is up to twice as fast on a CPU. (The recollect command sees to both by itself.)
 LEAN := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: help demo test check smoke bench clean
+.PHONY: help demo test upstream check smoke bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -28,6 +28,20 @@ smoke: $(VENV)/.installed-dev  ## the code paths of both demonstrations end to e
 
 test: $(VENV)/.installed-dev  ## run the tests (slow and gpu ones are left out: pytest -m slow, pytest -m gpu)
 	$(LEAN) $(BIN)/pytest -q -n $(JOBS)
+
+# The common tests of models are in the source distribution of transformers alone. It stays below .venv, as it is.
+upstream: $(VENV)/.installed-dev  ## transformers' own tests of models, on recollect.hf; fetches its source distribution
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt 'parameterized>=0.9'
+	@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))'); \
+	source=$(VENV)/upstream/transformers-$$version; \
+	if [ ! -f "$$source/tests/test_modeling_common.py" ]; then \
+	  echo "fetching the source distribution of transformers $$version into $(VENV)/upstream"; \
+	  rm -rf $(VENV)/upstream; \
+	  $(BIN)/pip download -qq --disable-pip-version-check --no-deps --no-binary transformers -d $(VENV)/upstream \
+	    "transformers==$$version"; \
+	  tar -xzf "$$source.tar.gz" -C $(VENV)/upstream; \
+	fi; \
+	RECOLLECT_TRANSFORMERS_TESTS=$(CURDIR)/$$source/tests $(LEAN) $(BIN)/pytest -q -n $(JOBS) -m upstream tests/upstream
 
 check: $(VENV)/.installed-dev  ## style, format, types, import rules, the documentation's snippets
 	$(BIN)/ruff check .

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from recollect.core.errors import ConfigError
 from recollect.core.layer import LayerConfig
 from recollect.hf import RecollectConfig, RecollectForCausalLM
 from recollect.hf.cache import StateLayer, state_bytes
+from recollect.hf.modeling import KEPT_IN_FP32
 from recollect.layers import LAYERS
 from recollect.layers.hax import HAX
 from recollect.layers.mamba import Mamba
@@ -172,16 +173,20 @@ def test_the_loss_has_the_layers_own_losses_in_it() -> None:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_recomputing_activations_leaves_the_gradients(name: str) -> None:
+    """Those of the layers' own losses too, which reentrant recomputation would lose if they came in a mapping."""
     model, tokens, found = build(name).train(), prompt(), []
-    for recompute in (False, True):
+    for recompute in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         if recompute:
-            model.activation_checkpointing_enable()
+            model.activation_checkpointing_enable(recompute)
         model.zero_grad()
         torch.manual_seed(0)
         model(tokens, labels=tokens).loss.backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for plain, again in zip(*found, strict=True):
-        torch.testing.assert_close(again, plain)
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, *again = found
+    for gradients in again:
+        assert gradients.keys() == plain.keys()
+        for parameter, gradient in gradients.items():
+            torch.testing.assert_close(gradient, plain[parameter])
 
 
 def test_recomputing_is_refused_where_planes_are_redrawn() -> None:
@@ -202,6 +207,18 @@ def test_in_bfloat16_decays_and_the_residual_stay_in_float32(tmp_path: Path) -> 
     assert states[1].dtype == torch.float32
     reference = build("mamba")(prompt()).logits
     assert (model(prompt()).logits - reference).abs().max() / reference.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_what_stays_in_float32_is_in_the_model(name: str, tmp_path: Path) -> None:
+    """Of the names that are kept, those and only those that the layers have."""
+    build(name).save_pretrained(tmp_path)
+    for loader in (AutoModel, AutoModelForCausalLM):
+        model = loader.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        kept = {n for n in KEPT_IN_FP32 if any(f".{parameter}".endswith(f".{n}") for parameter in model.state_dict())}
+        assert model._keep_in_fp32_modules_strict == kept != set()
+        for parameter, tensor in model.named_parameters():
+            assert (tensor.dtype == torch.float32) == parameter.endswith(KEPT_IN_FP32), parameter
 
 
 @torch.no_grad()

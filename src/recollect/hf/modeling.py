@@ -77,15 +77,19 @@ class RecollectBlock(GradientCheckpointingLayer):
             else:
                 part._is_hf_initialized = True
 
-    def forward(self, x: Tensor, state: State | None, reset: Tensor | None, single: bool) -> tuple[Tensor, State, Aux]:
-        """x (B, L, D), ``reset`` (B, L); ``single``: L is 1 and ``state`` given, so it is one step."""
+    def forward(self, x: Tensor, state: State | None, reset: Tensor | None, single: bool) -> tuple[Any, ...]:
+        """x (B, L, D), ``reset`` (B, L); ``single``: L is 1 and ``state`` given, so it is one step.
+
+        Gives x, the state, the names of the layer's own losses and after them each loss on its own: reentrant
+        recomputation passes gradients to the tensors of this tuple alone, not to what a mapping in it holds.
+        """
         h = self.norm(x.to(self.norm.weight.dtype))
         if single:
             y, after = self.mixer.step(h[:, 0], state, reset=None if reset is None else reset[:, 0])
             out = LayerOut(y[:, None], after, {})
         else:
             out = self.mixer(h, state, reset=reset)
-        return (x.float() if self.in_fp32 else x) + out.y, out.state, out.aux
+        return (x.float() if self.in_fp32 else x) + out.y, out.state, tuple(out.aux), *out.aux.values()
 
 
 def _first_values(layer: LayerConfig, path: str) -> dict[str, Tensor]:
@@ -103,7 +107,6 @@ class RecollectPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["RecollectBlock"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(KEPT_IN_FP32)
     _is_stateful = True
 
     @torch.no_grad()
@@ -138,6 +141,10 @@ class RecollectModel(RecollectPreTrainedModel):
         self.layers = nn.ModuleList(RecollectBlock(config, layer) for layer in config.layer_configs())
         self.norm_f = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        # Those that these layers have; a model with this one inside takes them over.
+        self._keep_in_fp32_modules_strict = {
+            kept for kept in KEPT_IN_FP32 if any(f".{name}".endswith(f".{kept}") for name, _ in self.named_parameters())
+        }
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -183,10 +190,10 @@ class RecollectModel(RecollectPreTrainedModel):
                 seen.append(x)
             slot = self._slot(past_key_values, i)
             state = None if slot is None else slot.state
-            x, state, losses = block(x, state, reset, single and state is not None)
+            x, state, names, *losses = block(x, state, reset, single and state is not None)
             if use_cache and slot is not None:
                 slot.put(state, x.shape[1])
-            for name, value in losses.items():
+            for name, value in zip(names, losses, strict=True):
                 aux[name] = aux[name] + value if name in aux else value
         x = self.norm_f(x.to(self.norm_f.weight.dtype))
         out = RecollectOutput(
