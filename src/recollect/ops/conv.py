@@ -26,18 +26,23 @@ def causal_conv(
 
     ``window`` (B, W-1, E) holds the inputs before the first position, oldest first, zero where there were none. A reset
     (B, L) at t makes every tap that reaches back across t zero, in the returned window too. ``silu`` gives
-    y * sigmoid(y) instead of y. One position is L = 1. Time O(B L E W); of the compiled kernel backward needs nothing
-    but x. First derivatives only.
+    y * sigmoid(y) instead of y. One position is L = 1. Time O(B L E W); of the kernels, compiled on a CPU and
+    ``gpu.conv`` on a GPU, backward needs nothing but x. First derivatives only.
     """
     taps = weight_EW.shape[1]
+    y_BLE: Tensor
     given = [x_BLE, weight_EW, window_BWE] if bias_E is None else [x_BLE, weight_EW, window_BWE, bias_E]
+    gpu = dispatch.gpu_kernels("conv", *given)
+    if gpu is not None:
+        y_BLE = _OnGpu.apply(gpu, x_BLE, weight_EW, bias_E, window_BWE, reset, silu)  # pyright: ignore[reportAssignmentType]
+        return y_BLE, _next_window(x_BLE, window_BWE, reset) if taps > 1 else window_BWE
     module = dispatch.kernels("conv", *given)
     if module is None or any(t.dtype != x_BLE.dtype for t in given):
         y_BLE = _shifted_products(x_BLE, weight_EW, bias_E, window_BWE, reset)
         y_BLE = F.silu(y_BLE) if silu else y_BLE
     else:
         bias = weight_EW.new_zeros(weight_EW.shape[0]) if bias_E is None else bias_E
-        y_BLE: Tensor = _Fused.apply(module, x_BLE, weight_EW, bias, window_BWE, reset, silu)  # pyright: ignore[reportAssignmentType]
+        y_BLE = _Fused.apply(module, x_BLE, weight_EW, bias, window_BWE, reset, silu)  # pyright: ignore[reportAssignmentType]
     return y_BLE, _next_window(x_BLE, window_BWE, reset) if taps > 1 else window_BWE
 
 
@@ -67,6 +72,30 @@ def _shifted_products(
             shifted = torch.where(reached, shifted, 0)
         y_BLE = torch.addcmul(y_BLE, shifted, weight_EW[:, tap])
     return y_BLE
+
+
+class _OnGpu(torch.autograd.Function):
+    """``ops.gpu.conv``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: ModuleType,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        window: Tensor,
+        reset: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, window, reset)
+        ctx.module, ctx.silu = module, silu
+        return module.forward(x, weight, bias, window, reset, silu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.module.backward(*ctx.saved_tensors, ctx.silu, grad_outputs[0]), None, None
 
 
 class _Fused(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recollect.ops import dispatch
 from recollect.ops.attend import attend
 from recollect.ops.attention_memory import Buckets, Memory, hash_regions, slot_regions
 from recollect.ops.patterns import Dilated, KeySelection, Lsh, Pattern, Sink, Window
@@ -35,7 +36,15 @@ def decode(
     buckets: Buckets | None,
     scale: float,
 ) -> tuple[Tensor, Memory]:
-    """``sparse_attention`` for L = 1 after a memory, without ``Full``: y (B, 1, H, P) and the next memory."""
+    """``sparse_attention`` for L = 1 after a memory, without ``Full``: y (B, 1, H, P) and the next memory.
+
+    On a GPU ``gpu.decode``, one kernel, unless a gradient is wanted.
+    """
+    floats = (q_BLHN, k_BLHN, v_BLHP, memory.k, memory.v, memory.score)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in floats)):
+        kernels = dispatch.gpu_kernels("decode", *floats)
+        if kernels is not None:
+            return kernels.decode(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale)
     batch, _, heads, _ = q_BLHN.shape
     rows, n_memory = batch * heads, memory.position.shape[2]
     fresh = None if reset is None else reset[:, 0]

@@ -17,6 +17,9 @@ from recollect.ops.streaming_attention import streams
 DENSE_SOURCES = 256
 """Below this many sources one L x S product beats the bookkeeping of tiles on a CPU (``recollect bench attention``)."""
 
+KERNEL_WIDTH = 256
+"""The widest head that a tile of the Triton kernels of sparse attention holds in a multiprocessor's shared memory."""
+
 
 class Choice(NamedTuple):
     """An execution and the reason it was picked."""
@@ -39,7 +42,7 @@ def explain_kernels(*tensors: Tensor) -> Choice:
         return Choice("torch", "torch.compile traces PyTorch's operations and cannot see into kernels")
     for tensor in tensors:
         if tensor.device.type == "cuda" or KERNELS == "triton":
-            return _explain_triton(*tensors)
+            return explain_triton(*tensors)
         if tensor.device.type != "cpu":
             return Choice("torch", f"tensors on {tensor.device.type}: kernels are for a CPU (numba) or a GPU (Triton)")
         if tensor.dtype not in (torch.float32, torch.float64):
@@ -49,12 +52,15 @@ def explain_kernels(*tensors: Tensor) -> Choice:
     return Choice("numba", "a compiled sequential kernel moves the least memory on a CPU")
 
 
-def _explain_triton(*tensors: Tensor) -> Choice:
+def explain_triton(*tensors: Tensor) -> Choice:
+    """The same where Triton's kernels are wanted."""
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Choice("torch", f"{tensor.dtype}: Triton kernels take float32, bfloat16 and float16")
         if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return Choice("torch", f"tensors on {tensor.device.type}: Triton needs a GPU, or TRITON_INTERPRET=1")
+    # Its newer releases warn until this, their default, is said.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if missing := _is_missing("triton"):
         return Choice("torch", missing)
     return Choice("triton", "one kernel reads every tensor once on a GPU")
@@ -93,10 +99,12 @@ def explain_sparse_attention(
     dtype: torch.dtype = torch.float32,
     *,
     fresh: bool = False,
+    width: int = 0,
 ) -> Choice:
     """Which execution ``ops.sparse_attention`` takes for ``length`` queries after ``n_memory`` memory slots.
 
-    ``dtype`` is the one it computes in; ``fresh`` means that neither a memory nor resets were given.
+    ``dtype`` is the one it computes in; ``fresh`` means that neither a memory nor resets were given; ``width`` is the
+    wider of a head's key and value.
     """
     budget = key_budget(patterns)
     sources = length + n_memory
@@ -113,7 +121,15 @@ def explain_sparse_attention(
         return Choice("streaming", f"{budget} keys per query, gathered in a loop over time: {compiled.why}")
     if sources <= DENSE_SOURCES:
         return Choice("dense", f"{sources} sources, at most {DENSE_SOURCES}: one masked product is fastest")
-    return Choice("tiled", f"{sources} sources, {budget} keys per query: tiles of matrix products; {compiled.why}")
+    why = compiled.why
+    if compiled.path == "triton":
+        if width > KERNEL_WIDTH:
+            why = f"heads of {width}: the kernels' tiles hold at most {KERNEL_WIDTH}"
+        elif torch.are_deterministic_algorithms_enabled():
+            why = "deterministic algorithms are asked for, and a kernel adds gradients of keys in any order"
+        else:
+            return Choice("triton", f"{sources} sources, {budget} keys per query, gathered into tiles: {why}")
+    return Choice("tiled", f"{sources} sources, {budget} keys per query: tiles of matrix products; {why}")
 
 
 def explain_causal_attention(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recollect.ops import dispatch
 from recollect.ops.patterns import HashRule
 from recollect.ops.scan import accumulator_dtype
 from recollect.ops.teacher import Taught
@@ -58,6 +59,9 @@ def hash_buckets(x_BLHN: Tensor, planes: Tensor, rule: HashRule) -> Tensor:
 @torch.no_grad()
 def read_buckets(code_BLHRC: Tensor, rule: HashRule) -> Tensor:
     """Buckets (B, L, H, n_rounds) of projections (B, L, H, n_rounds, n_planes), whatever made them."""
+    module = dispatch.gpu_kernels("bucketing", code_BLHRC)
+    if module is not None:
+        return module.read_buckets(code_BLHRC, rule)
     if rule == "argmax":
         return code_BLHRC.argmax(-1)
     return ((code_BLHRC > 0) * (1 << torch.arange(code_BLHRC.shape[-1], device=code_BLHRC.device))).sum(-1)

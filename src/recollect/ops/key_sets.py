@@ -127,7 +127,7 @@ def _round(
     code = torch.cat([(torch.arange(held, device=device) // n_keys).expand(rows, -1), k_code], 1)
     valid = torch.cat([position >= 0, torch.ones_like(k_code, dtype=torch.bool)], 1)
     end = time.end_BS.repeat_interleave(rows // time.end_BS.shape[0], 0)
-    death = bucket_deaths(code, valid, end, time, n_keys)
+    death = bucket_deaths(code, valid, end, time, n_keys, lsh.n_buckets)
     alive = death >= time.length
     if same_RM.shape[1] > held:
         by_key = torch.zeros_like(same_RM)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from recollect.ops import dispatch
 from recollect.ops.patterns import Dilated, Full, KeySelection, Pattern, Sink, Window
 
 CHUNK = 64
@@ -103,8 +104,15 @@ def slot_deaths(pattern: Pattern, time: Timeline, held_position_BHM: Tensor, sco
     return death.masked_fill(empty, 0)
 
 
-def bucket_deaths(bucket_RS: Tensor, valid_RS: Tensor, end_RS: Tensor, time: Timeline, n_keys: int) -> Tensor:
-    """Death of every source when each bucket keeps its ``n_keys`` most recent keys, (R, S) int64. Cost O(S log S)."""
+def bucket_deaths(
+    bucket_RS: Tensor, valid_RS: Tensor, end_RS: Tensor, time: Timeline, n_keys: int, n_buckets: int
+) -> Tensor:
+    """Death of every source when each of ``n_buckets`` keeps its ``n_keys`` most recent keys, (R, S) int64. Cost
+    O(S log S); on a GPU ``gpu.bucketing``, O(S).
+    """
+    module = dispatch.gpu_kernels("bucketing", torch.empty(0, device=bucket_RS.device))
+    if module is not None:
+        return module.bucket_deaths(bucket_RS, valid_RS, end_RS, time.n_memory, n_keys, n_buckets)
     sources = bucket_RS.shape[1]
     order = torch.where(valid_RS, bucket_RS, -1).argsort(dim=1, stable=True)
     bucket = bucket_RS.gather(1, order)
@@ -122,8 +130,12 @@ def topk_deaths(score_RS: Tensor, valid_RS: Tensor, end_RS: Tensor, time: Timeli
     """Death of every source when the ``n_keys`` best scores of the prefix are kept, (R, S) int64.
 
     Streams over chunks of new keys with the survivors so far, so no array exceeds R x CHUNK x (n_keys + CHUNK + M).
-    Of equal scores the later key ranks higher. A key that is not among the best on arrival dies as it arrives.
+    Of equal scores the later key ranks higher. A key that is not among the best on arrival dies as it arrives. On a
+    GPU ``gpu.topk``.
     """
+    module = dispatch.gpu_kernels("topk", score_RS)
+    if module is not None:
+        return module.topk_deaths(score_RS, valid_RS, end_RS, time.n_memory, n_keys)
     rows = score_RS.shape[0]
     rank = _ranks(score_RS)
     death = time.arrival_S.clamp(min=0).expand(rows, -1).clone()

@@ -8,6 +8,7 @@ so reading and writing are each one real matrix product and no complex number is
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ def mimo_ssm(
     u (B, L, D) with L >= 1; a (2, N) real and imaginary parts; inward (2N, D): rows Re B, then Im B; outward (D, 2N):
     columns 2 Re C, then -2 Im C; skip (D,); h_init (B, 2N); reset (B, L) bool; h_reset (2N,), None for zero.
 
-    Time O(B L D N) in two matrix products, three times that with backward; memory: the states, B L 2N reals. On a CPU
-    the states are written over B u by a compiled loop. First derivatives only.
+    Time O(B L D N) in two matrix products, three times that with backward; memory: the states, B L 2N reals. Kernels,
+    compiled loops on a CPU and ``gpu.scan`` on a GPU, write the states over B u. First derivatives only.
     """
     dtype = accumulator_dtype(torch.promote_types(u_BLD.dtype, h_init.dtype))
     u = u_BLD.to(dtype)
@@ -82,8 +83,9 @@ def mimo_ssm(
     fresh = h_init.new_zeros(h_init.shape[1]) if h_reset is None else h_reset.to(dtype)
     # Mixed-precision autocast would take the products in half precision.
     with torch.autocast(u.device.type, enabled=False):
-        if dispatch.explain_kernels(u, a).path == "numba":
-            y_BLD, h_BR = _Fused.apply(u, a, inward, outward, skip, h_init, fresh, reset)  # pyright: ignore[reportGeneralTypeIssues]
+        module = dispatch.kernels("scan", u, a) or dispatch.gpu_kernels("scan", u, a)
+        if module is not None:
+            y_BLD, h_BR = _Fused.apply(module, u, a, inward, outward, skip, h_init, fresh, reset)  # pyright: ignore[reportGeneralTypeIssues]
         else:
             drive_BLR = F.linear(u, inward)
             h_BLN, h_BN = scan(
@@ -108,6 +110,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        module: ModuleType,
         u_BLD: Tensor,
         a_2N: Tensor,
         inward_RD: Tensor,
@@ -117,8 +120,6 @@ class _Fused(torch.autograd.Function):
         fresh: Tensor,
         reset: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        module = dispatch.kernels("scan", u_BLD, a_2N)
-        assert module is not None
         u = u_BLD.contiguous()
         h = F.linear(u, inward_RD)
         parts = (2, a_2N.shape[1])
@@ -128,6 +129,7 @@ class _Fused(torch.autograd.Function):
         y = u * skip_D
         y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), outward_DR.t())
         ctx.save_for_backward(u, a_2N, inward_RD, outward_DR, skip_D, h_init, fresh, reset, h)
+        ctx.module = module
         return y, h[:, -1].clone()
 
     @staticmethod
@@ -136,8 +138,6 @@ class _Fused(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         u, a_2N, inward_RD, outward_DR, skip_D, h_init, fresh, reset, h = ctx.saved_tensors
-        module = dispatch.kernels("scan", h)
-        assert module is not None
         dy, dlast = grad_outputs[0].contiguous(), grad_outputs[1]
         parts = (2, a_2N.shape[1])
         dy_RD, u_RD, h_RR = (t.view(-1, t.shape[-1]) for t in (dy, u, h))
@@ -145,7 +145,7 @@ class _Fused(torch.autograd.Function):
         doutward = dy_RD.t() @ h_RR
         g = dy @ outward_DR
         g[:, -1] += dlast
-        grad_a, grad_init, grad_fresh = module.scan_backward(
+        grad_a, grad_init, grad_fresh = ctx.module.scan_backward(
             a_2N,
             h.unflatten(-1, parts),
             h_init.unflatten(-1, parts),
@@ -157,7 +157,7 @@ class _Fused(torch.autograd.Function):
         g_RR = g.view(-1, g.shape[-1])
         dinward = g_RR.t() @ u_RD
         du = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             du = dy * skip_D
             du.view(-1, du.shape[-1]).addmm_(g_RR, inward_RD)
-        return du, grad_a, dinward, doutward, dskip, grad_init.flatten(1), grad_fresh.flatten(1).sum(0), None
+        return None, du, grad_a, dinward, doutward, dskip, grad_init.flatten(1), grad_fresh.flatten(1).sum(0), None

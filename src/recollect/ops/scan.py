@@ -8,6 +8,7 @@ The recurrence of every diagonal state-space model (S5, arXiv 2208.04933, eq. 4)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -84,12 +85,22 @@ def scan(
     h_last (B, N).
 
     Time O(B L N), memory O(B L N): the states are all that is kept for backward, which is the same recurrence run
-    backward in time. On a CPU compiled loops over time, which read resets as they go. Elsewhere, or with
-    ``chunk_size``, PyTorch's operations: ``chunk_size`` positions run one after the other, chunks are taken side by
-    side, then joined by their carries. None means L on a CPU, where the plain loop moves the least memory, and about
-    sqrt(L) elsewhere, where the number of kernels counts. First derivatives only.
+    backward in time. On a CPU compiled loops over time, which read resets as they go; on a GPU ``gpu.scan``, one
+    reading of b and one writing of h. Elsewhere, or with ``chunk_size``, PyTorch's operations: ``chunk_size`` positions
+    run one after the other, chunks are taken side by side, then joined by their carries. None means L on a CPU, where
+    the plain loop moves the least memory, and about sqrt(L) elsewhere, where the number of kernels counts. First
+    derivatives only.
     """
     dtype = accumulator_dtype(torch.promote_types(a.dtype, b.dtype))
+    if chunk_size is None:
+        if a.is_complex() or b.is_complex():
+            a, b = a.to(dtype).resolve_conj(), b.to(dtype).resolve_conj()
+        module = dispatch.gpu_kernels("scan", as_real(a), as_real(b))
+        if module is not None:
+            shape = (b.shape[0], b.shape[2])
+            h_init = b.new_zeros(shape, dtype=dtype) if h_init is None else h_init.to(dtype).resolve_conj()
+            fresh = b.new_zeros(shape[1], dtype=dtype) if h_reset is None else h_reset.to(dtype).resolve_conj()
+            return _GpuScan.apply(module, a, b, h_init, fresh, reset)  # pyright: ignore[reportReturnType]
     a, b = a.to(dtype).resolve_conj(), b.to(dtype).resolve_conj()
     h_init = b.new_zeros(b.shape[0], b.shape[2]) if h_init is None else h_init.to(dtype).resolve_conj()
     h_reset = None if h_reset is None else h_reset.to(dtype).resolve_conj()
@@ -138,6 +149,39 @@ class _CompiledScan(torch.autograd.Function):
             grads = [torch.view_as_complex(grad) for grad in grads]
         grad_a, grad_init, grad_fresh = grads
         return grad_a, g, grad_init, grad_fresh if fresh.dim() == 2 else grad_fresh.sum(0), None
+
+
+class _GpuScan(torch.autograd.Function):
+    """``gpu.scan``. ``a`` and ``b`` may be in half precision, which the kernels read as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, module: ModuleType, a: Tensor, b: Tensor, h_init: Tensor, fresh: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        h = torch.empty_like(b, dtype=h_init.dtype, memory_format=torch.contiguous_format)
+        small = as_real(h_init), reset, as_real(fresh)
+        module.scan_forward(as_real(a), as_real(b), *small, split=False, out=as_real(h))
+        ctx.save_for_backward(a, h, h_init, fresh, reset)
+        ctx.module, ctx.dtype = module, b.dtype
+        return h, h[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        a, h, h_init, fresh, reset = ctx.saved_tensors
+        g, last = (t.resolve_conj() for t in grad_outputs)
+        grad_b = torch.empty_like(h)
+        small = as_real(h_init), reset, as_real(fresh)
+        grads: Sequence[Tensor] = ctx.module.scan_backward(
+            as_real(a), as_real(h), *small, as_real(g), split=False, last=as_real(last), out=as_real(grad_b)
+        )
+        if h.is_complex():
+            grads = [torch.view_as_complex(grad) for grad in grads]
+        grad_a, grad_init, grad_fresh = grads
+        grad_fresh = grad_fresh if fresh.dim() == 2 else grad_fresh.sum(0)
+        return None, grad_a.to(a.dtype), grad_b.to(ctx.dtype), grad_init, grad_fresh, None
 
 
 class _Scan(torch.autograd.Function):

@@ -12,6 +12,7 @@ Executions of the same sets (``dispatch.explain_sparse_attention`` picks one), f
 * *decode*: a single query and its own slots. Time O(K), whatever came before.
 * *streaming*: a compiled loop over time on a CPU that gathers each query's keys. Time O(L K), memory O(L).
 * *tiled*: matrix products on any device. Time O(L (K + CHUNK) + S log S), memory O(L (K + CHUNK)).
+* *triton*: the same tiles in a GPU's kernels, which gather keys themselves. Time as tiled, memory O(L).
 * *dense*: lifetimes (see ``lifetimes``) compared into one L x S mask; for short sequences without a compiler.
 * *sdpa*: ``Full`` without memory and resets is PyTorch's own causal attention.
 """
@@ -72,8 +73,8 @@ def sparse_attention(
 
     ``memory`` None means nothing is remembered; ``reset`` (B, L) bool acts before its position. ``score_BLH`` is
     required by ``KeySelection`` and may depend on positions up to its own only; ``buckets`` is required by ``Lsh``.
-    ``scale`` defaults to N^-1/2. ``path`` is "auto", "decode" (a single position), "streaming", "tiled", "dense" or
-    "sdpa". Gradients reach q, k, v and the memory's k and v; choosing the sets is not differentiable.
+    ``scale`` defaults to N^-1/2. ``path`` is "auto", "decode" (a single position), "streaming", "triton", "tiled",
+    "dense" or "sdpa". Gradients reach q, k, v and the memory's k and v; choosing the sets is not differentiable.
     """
     scale = 1 / math.sqrt(q_BLHN.shape[-1]) if scale is None else scale
     patterns = decisive(patterns)
@@ -86,6 +87,7 @@ def sparse_attention(
             q_BLHN.device,
             dtype,
             fresh=memory is None and reset is None,
+            width=max(q_BLHN.shape[3], v_BLHP.shape[3]),
         ).path
     # Sums of exponentials need float32 even where autocast would take half precision.
     with torch.autocast(q_BLHN.device.type, enabled=False):
@@ -120,11 +122,15 @@ def _in_sets(
     n_memory = k.shape[2] - length
     time = timeline(length, n_memory, _start(memory, q), reset)
     sets = key_sets(patterns, time, memory, q, score, buckets)
-    rows = (_rows(q), _rows(k), _rows(v))
-    if path == "sdpa":
-        q_rows, k_rows, v_rows = (x.unflatten(0, (batch, heads)) for x in rows)
+    if path == "triton":
+        kernels = dispatch.gpu_kernels("sparse_attention", *(x.new_empty(0) for x in (q, k, v)))
+        assert kernels is not None, "path triton needs Triton, and a GPU or its interpreter"
+        y = kernels.attend(q_BLHN, k.transpose(1, 2), v.transpose(1, 2), sets, patterns, scale).transpose(1, 2)
+    elif path == "sdpa":
+        q_rows, k_rows, v_rows = (_rows(x).unflatten(0, (batch, heads)) for x in (q, k, v))
         y = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, is_causal=True, scale=scale)
     else:
+        rows = (_rows(q), _rows(k), _rows(v))
         if path == "dense":
             partial = attend(*rows, sets.admits(), scale)
         elif find(patterns, Full):

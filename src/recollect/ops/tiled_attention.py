@@ -123,7 +123,7 @@ def bucket_pass(
     time, mine = sets.time, sets.rounds[r]
     rows, length, d_key = q_RLN.shape
     sources, d_value = v_RSP.shape[1:]
-    tile = _tile_size(length, n_bits)
+    tile = tile_size(length, n_bits)
     groups = rows << n_bits
     row = torch.arange(rows, device=q_RLN.device)[:, None] << n_bits
     q_group = (row + mine.q_code_RL).flatten()
@@ -175,7 +175,7 @@ def bucket_pass(
     return Partial(*(t.index_select(0, slot).view(rows, length, -1) for t in fields))
 
 
-def _tile_size(length: int, n_bits: int) -> int:
+def tile_size(length: int, n_bits: int) -> int:
     """Tiles about as long as an average bucket, within 16..64; a function of sizes alone, never of the data."""
     average = max(1, length >> n_bits)
     return min(64, max(16, 1 << (average - 1).bit_length()))

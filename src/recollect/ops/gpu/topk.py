@@ -6,7 +6,7 @@ k-th best of a whole row never falls, and a key's death is found by binary searc
 
 1. the sorted best of every block of ``BLOCK`` keys, blocks side by side;
 2. per row the best of all blocks before each: a loop over blocks that merges two sorted lists;
-3. from that list, blocks side by side, the k-th best after every key: a loop over the keys of a block by one warp, which
+3. from that list, blocks side by side, the k-th best after every key: one warp goes through the keys of a block and
    puts a better key in place of the least of the list.
 
 Floor: a sort of R S keys; then 4 bytes read thrice and 4 written once per key, 16 K / BLOCK bytes per key of lists, and
@@ -15,7 +15,7 @@ of one minimum over K.
 """
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def topk_deaths(score_RS: Tensor, valid_RS: Tensor, end_RS: Tensor, n_memory: in
     rows, sources = score_RS.shape
     length = sources - n_memory
     value = torch.where(valid_RS, _ranks(score_RS, end_RS), -1)
-    width = triton.next_power_of_2(n_keys)
+    width = max(16, triton.next_power_of_2(n_keys))
     block = max(width, min(BLOCK, triton.next_power_of_2(length)))
     memory_blocks = triton.cdiv(n_memory, block)
     blocks = memory_blocks + triton.cdiv(length, block)
@@ -52,7 +52,7 @@ def topk_deaths(score_RS: Tensor, valid_RS: Tensor, end_RS: Tensor, n_memory: in
         value, before, least, sources, n_memory, memory_blocks, blocks, n_keys, block, width, num_warps=1
     )
     steps = length.bit_length()
-    searched = min(SEARCHED, triton.next_power_of_2(sources))
+    searched = min(SEARCHED, max(16, triton.next_power_of_2(sources)))
     _deaths[rows, triton.cdiv(sources, searched)](
         value, least, end_RS.contiguous(), death, sources, n_memory, length, steps, searched, num_warps=4
     )
@@ -69,9 +69,7 @@ def _ranks(score_RS: Tensor, end_RS: Tensor) -> Tensor:
 
 
 @triton.jit
-def _best_of_blocks(
-    value, best, sources, n_memory, memory_blocks, BLOCK: tl.constexpr, WIDTH: tl.constexpr
-):
+def _best_of_blocks(value, best, sources, n_memory, memory_blocks, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """best (R, blocks, WIDTH): the greatest values of every block, descending, -1 where there are too few.
 
     Remembered keys fill blocks of their own, before those of new keys.
