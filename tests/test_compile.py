@@ -105,6 +105,21 @@ def test_what_follows_from_the_data_stays_out_of_the_graph(length: int, monkeypa
     assert torch._dynamo.explain(lambda x: full(x).y)(x).graph_count == 1
 
 
+def test_tritons_attention_is_called_between_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where it is picked whether or not the layer around it is compiled."""
+    model = SparseAttention.Config(8, patterns=(Lsh(4, n_bits=2), KeySelection(4)), d_key=4).build()
+    x = torch.randn(1, dispatch.DENSE_SOURCES + 9, 8)
+    plain = model(x).y
+
+    def triton(*_: Any, **__: Any) -> dispatch.Choice:
+        return dispatch.Choice("triton", "as on a GPU")
+
+    monkeypatch.setattr(dispatch, "explain_sparse_attention", triton)
+    monkeypatch.setattr(dispatch, "KERNELS", "triton")
+    compiled = torch.compile(lambda x: model(x).y, backend="eager")
+    torch.testing.assert_close(compiled(x), plain, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_runs_the_code_as_written() -> None:
     seen: list[bool] = []
 

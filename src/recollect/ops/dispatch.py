@@ -116,7 +116,9 @@ def explain_sparse_attention(
         return Choice("tiled", "full attention in blocks of queries, recomputed in backward")
     if length == 1:
         return Choice("decode", f"one query: at most {budget} slots are read, whatever came before")
-    compiled = explain_kernels(torch.empty(0, device=device, dtype=dtype))
+    like = torch.empty(0, device=device, dtype=dtype)
+    # Triton's passes are called between compiled graphs: what follows from the data stays out of them anyway.
+    compiled = explain_triton(like) if like.is_cuda and KERNELS != "torch" else explain_kernels(like)
     if compiled.path == "numba" and streams(patterns):
         return Choice("streaming", f"{budget} keys per query, gathered in a loop over time: {compiled.why}")
     if sources <= DENSE_SOURCES:

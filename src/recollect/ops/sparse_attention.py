@@ -20,6 +20,7 @@ Executions of the same sets (``dispatch.explain_sparse_attention`` picks one), f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def sparse_attention(
             return decode(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale)
         if path == "streaming":
             return _stream(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale)
-        return _in_sets(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale, path)
+        in_sets = _in_sets_outside_graphs if path == "triton" else _in_sets
+        return in_sets(q_BLHN, k_BLHN, v_BLHP, patterns, memory, reset, score_BLH, buckets, scale, path)
 
 
 def _in_sets(
@@ -148,6 +150,9 @@ def _in_sets(
     table = slot_table(sets, slots, codes).view(batch, heads, slots)
     k, v = (_gather(x, table.clamp(min=0)).masked_fill((table < 0)[..., None], 0) for x in (k, v))
     return y, _remember(patterns, time, k, v, memory, score, table)
+
+
+_in_sets_outside_graphs: Callable[..., tuple[Tensor, Memory]] = torch.compiler.disable(_in_sets)  # pyright: ignore[reportAssignmentType] untyped
 
 
 def _stream(
