@@ -209,7 +209,7 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch, observation: str) -> Non
     assert set(dreamed) == {(HORIZON, HORIZON, True)}
     assert all(alone)
     kinds = [(after, changed) for after, changed, _ in timed]
-    assert kinds == [([1, 0, 0], True), ([0, 1, HORIZON], False), ([0, 0, 1], False)]
+    assert kinds == [([1, 0, 0], True), ([0, 1, 0], False), ([0, 0, 1], False)]
     assert timed[0][2] == {"first_s": 5.0}
     assert row["peak_bytes"] == 77
     assert (row["train_steps_per_s"], row["train_frames_per_s"]) == (0.5, length)
