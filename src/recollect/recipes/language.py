@@ -20,8 +20,14 @@ from recollect.train.run import FaceOff, RunConfig, TrainConfig
 ROWS: dict[str, Beside | None] = {
     "none": None,
     **{pattern: Beside(128, pattern) for pattern in PATTERNS},
-    "recommended": Beside(32, "recommended", gate=0.1),
+    "recommended": Beside(32, "recommended", gate=1.0),
 }
+
+ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
+"""Tasks of the suite ``words``."""
+TASKS = (*ASKED, "joint-recall-dense")
+DRILLS = ("joint-recall-dense",)
+"""Short documents that answer many questions: on text that asks once a document the base learned to recall nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Scale:
                 layers=layers,
                 row_length=self.base_length,
                 batch_size=self.base_batch,
+                embedding_std=0.3,
                 valid_rows=32,
             ),
             self._fitted(self.base_steps, self.base_lr),
@@ -101,22 +108,23 @@ class Scale:
 
 def language_micro() -> FaceOff:
     """Two million parameters, two seeds: some hours on two cores."""
-    tasks = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
-    short = MadeCorpus(20_000, (600, 1500), tasks=tasks, vocab_size=1024)
+    short = MadeCorpus(30_000, (200, 1200), prose=0.1, suite="words", tasks=DRILLS, n_restated=24, vocab_size=4096)
     scale = Scale(
         d_model=256,
-        n_layers=4,
+        n_layers=3,
         short=short,
-        corpus=MadeCorpus(6000, (1500, 6000), tasks=tasks, tokenizer_of=short, seed=1),
-        long=MadeCorpus(80, (27_000, 30_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
-        base_length=512,
+        corpus=MadeCorpus(
+            8000, (1500, 8000), prose=0.2, suite="words", tasks=TASKS, n_restated=24, tokenizer_of=short, seed=1
+        ),
+        long=MadeCorpus(80, (38_000, 40_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
+        base_length=256,
         base_batch=16,
-        base_steps=1500,
-        base_lr=3e-3,
-        steps=300,
-        lr=1e-3,
-        batch_size=4,
-        questions=SuiteQuestions(tasks=tasks, lengths=(2048, 4096, 8192), depths=(0.0, 0.5, 1.0), n=10),
+        base_steps=2000,
+        base_lr=4e-3,
+        steps=800,
+        lr=2e-3,
+        batch_size=2,
+        questions=SuiteQuestions("words", ASKED, lengths=(2048, 4096, 8192), depths=(0.0, 0.5, 1.0), n=10),
         lengths=(2048, 4096, 8192),
     )
     return scale.faceoff("language-micro", "HAX beside a pretrained Mamba-2", (0, 1))
@@ -124,14 +132,15 @@ def language_micro() -> FaceOff:
 
 def language_mini() -> FaceOff:
     """Twenty million parameters: a GPU's slices of some minutes a row, or days on two cores."""
-    tasks = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
-    short = MadeCorpus(60_000, (600, 1500), tasks=tasks, vocab_size=2048)
+    short = MadeCorpus(100_000, (200, 2400), prose=0.2, suite="words", tasks=DRILLS, n_restated=24, vocab_size=4096)
     scale = Scale(
         d_model=512,
         n_layers=10,
         short=short,
-        corpus=MadeCorpus(20_000, (1500, 6000), tasks=tasks, tokenizer_of=short, seed=1),
-        long=MadeCorpus(160, (55_000, 60_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
+        corpus=MadeCorpus(
+            30_000, (1500, 8000), prose=0.2, suite="words", tasks=TASKS, n_restated=24, tokenizer_of=short, seed=1
+        ),
+        long=MadeCorpus(160, (78_000, 82_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
         base_length=1024,
         base_batch=32,
         base_steps=4000,
@@ -139,7 +148,7 @@ def language_mini() -> FaceOff:
         steps=1500,
         lr=6e-4,
         batch_size=16,
-        questions=SuiteQuestions(tasks=tasks, lengths=(2048, 4096, 8192, 16_384), depths=(0.0, 0.5, 1.0), n=20),
+        questions=SuiteQuestions("words", ASKED, lengths=(2048, 4096, 8192, 16_384), depths=(0.0, 0.5, 1.0), n=20),
         lengths=(2048, 4096, 8192, 16_384),
     )
     return scale.faceoff("language-mini", "HAX beside a larger pretrained Mamba-2", (0, 1))

@@ -36,6 +36,8 @@ class MadeCorpus(Config, kind="made-corpus"):
     suite: str = "tiny"
     tasks: tuple[str, ...] = ()
     """Of the suite; empty: all of it."""
+    n_restated: int = 8
+    """At most so many other questions are answered before a document's own: what a token of text teaches of recall."""
     vocab_size: int = 0
     """Of a tokenizer learned from it; 0: bytes."""
     tokenizer_of: MadeCorpus | None = None
@@ -84,7 +86,9 @@ class MadeCorpus(Config, kind="made-corpus"):
         tasks = load_suite(self.suite, self.tasks).tasks
         lines: list[str] = []
         with counting(f"{self.folder}: documents") as show:
-            documents = corpus(self.seed, self.n_documents, tasks, length=self.lengths, prose=self.prose)
+            documents = corpus(
+                self.seed, self.n_documents, tasks, length=self.lengths, prose=self.prose, n_restated=self.n_restated
+            )
             for i, document in enumerate(documents, 1):
                 lines.append(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
                 show(i, self.n_documents)

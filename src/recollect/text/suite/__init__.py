@@ -57,6 +57,19 @@ TINY: dict[str, SuiteConfig] = {
 """The same at sizes that fit 512 bytes, for byte-level models of some millions of parameters."""
 
 
+_WORD = Values("word", 1)
+
+WORDS: dict[str, SuiteConfig] = {
+    "needle-noise": Needles.Config(values=_WORD),
+    "needle-prose": Needles.Config(haystack="prose", values=_WORD),
+    "multi-key": Needles.Config(n_keys=4, values=_WORD),
+    "joint-recall": JointRecallInWords.Config(n_contexts=3, n_keys=3, values=_WORD),
+    "joint-recall-spread": JointRecallInWords.Config(layout="spread", n_contexts=3, n_keys=3, values=_WORD),
+    "joint-recall-dense": JointRecallInWords.Config(layout="dense", values=_WORD),
+}
+"""Answers of one word, for models of word pieces that have seen little text: numbers take them longer to copy."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """Tasks by name, and the lengths and depths they are asked at unless others are given."""
@@ -68,6 +81,7 @@ class Suite:
 
 SUITES: dict[str, Suite] = {
     "tiny": Suite(TINY, (512, 1024, 2048, 4096, 8192)),
+    "words": Suite(WORDS, (512, 1024, 2048, 4096, 8192)),
     "long": Suite(SUITE, (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)),
 }
 
