@@ -34,11 +34,14 @@ operations everywhere. ``triton`` takes Triton for tensors on a CPU too, where i
 """
 
 
-def explain_kernels(*tensors: Tensor) -> Choice:
-    """Whether ops on these tensors run as numba kernels, as Triton kernels or as PyTorch's operations, and why."""
+def explain_kernels(*tensors: Tensor, between_graphs: bool = False) -> Choice:
+    """Whether ops on these tensors run as numba kernels, as Triton kernels or as PyTorch's operations, and why.
+
+    ``between_graphs``: asked for something that ``torch.compile`` leaves out of its graphs.
+    """
     if KERNELS == "torch":
         return Choice("torch", "RECOLLECT_KERNELS=torch")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not between_graphs:
         return Choice("torch", "torch.compile traces PyTorch's operations and cannot see into kernels")
     for tensor in tensors:
         if tensor.device.type == "cuda" or KERNELS == "triton":
@@ -117,8 +120,8 @@ def explain_sparse_attention(
     if length == 1:
         return Choice("decode", f"one query: at most {budget} slots are read, whatever came before")
     like = torch.empty(0, device=device, dtype=dtype)
-    # Triton's passes are called between compiled graphs: what follows from the data stays out of them anyway.
-    compiled = explain_triton(like) if like.is_cuda and KERNELS != "torch" else explain_kernels(like)
+    # On a GPU the passes run between compiled graphs: what follows from the data stays out of them anyway.
+    compiled = explain_kernels(like, between_graphs=like.is_cuda)
     if compiled.path == "numba" and streams(patterns):
         return Choice("streaming", f"{budget} keys per query, gathered in a loop over time: {compiled.why}")
     if sources <= DENSE_SOURCES:

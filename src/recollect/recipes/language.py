@@ -26,6 +26,7 @@ ROWS: dict[str, Beside | None] = {
 ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
 """Tasks of the suite ``words``."""
 TASKS = (*ASKED, "joint-recall-dense")
+RESTATED = 24
 DRILLS = ("joint-recall-dense",)
 """Short documents that answer many questions: on text that asks once a document the base learned to recall nothing."""
 
@@ -106,16 +107,35 @@ class Scale:
         )
 
 
+def _drills(n_documents: int, lengths: tuple[int, int], prose: float) -> MadeCorpus:
+    """What a base reads."""
+    return MadeCorpus(
+        n_documents, lengths, prose=prose, suite="words", tasks=DRILLS, n_restated=RESTATED, vocab_size=4096
+    )
+
+
+def _documents(n_documents: int, short: MadeCorpus) -> MadeCorpus:
+    """What all rows go on with, in the pieces of words of ``short``."""
+    return MadeCorpus(
+        n_documents,
+        (1500, 8000),
+        prose=0.2,
+        suite="words",
+        tasks=TASKS,
+        n_restated=RESTATED,
+        tokenizer_of=short,
+        seed=1,
+    )
+
+
 def language_micro() -> FaceOff:
     """Two million parameters, two seeds: some hours on two cores."""
-    short = MadeCorpus(30_000, (200, 1200), prose=0.1, suite="words", tasks=DRILLS, n_restated=24, vocab_size=4096)
+    short = _drills(30_000, (200, 1200), prose=0.1)
     scale = Scale(
         d_model=256,
         n_layers=3,
         short=short,
-        corpus=MadeCorpus(
-            8000, (1500, 8000), prose=0.2, suite="words", tasks=TASKS, n_restated=24, tokenizer_of=short, seed=1
-        ),
+        corpus=_documents(8000, short),
         long=MadeCorpus(80, (38_000, 40_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
         base_length=256,
         base_batch=16,
@@ -132,14 +152,12 @@ def language_micro() -> FaceOff:
 
 def language_mini() -> FaceOff:
     """Twenty million parameters: a GPU's slices of some minutes a row, or days on two cores."""
-    short = MadeCorpus(100_000, (200, 2400), prose=0.2, suite="words", tasks=DRILLS, n_restated=24, vocab_size=4096)
+    short = _drills(100_000, (200, 2400), prose=0.2)
     scale = Scale(
         d_model=512,
         n_layers=10,
         short=short,
-        corpus=MadeCorpus(
-            30_000, (1500, 8000), prose=0.2, suite="words", tasks=TASKS, n_restated=24, tokenizer_of=short, seed=1
-        ),
+        corpus=_documents(30_000, short),
         long=MadeCorpus(160, (78_000, 82_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
         base_length=1024,
         base_batch=32,
