@@ -23,6 +23,7 @@ RECIPES: dict[str, str] = {
     "language-mini": "recollect.recipes.language:language_mini",
     "language-smoke": "recollect.recipes.language:language_smoke",
     "worlds-micro": "recollect.recipes.worlds:worlds_micro",
+    "worlds-micro-grid": "recollect.recipes.worlds:worlds_micro_grid",
     "worlds-mini": "recollect.recipes.worlds:worlds_mini",
 }
 
