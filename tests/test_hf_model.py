@@ -171,13 +171,19 @@ def test_the_loss_has_the_layers_own_losses_in_it() -> None:
     assert model.eval()(tokens, labels=tokens).aux is None
 
 
+def recompute_activations(model: RecollectForCausalLM, *options: Any) -> None:
+    """By the name that this release of transformers has for it."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(*options)
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_recomputing_activations_leaves_the_gradients(name: str) -> None:
     """Those of the layers' own losses too, which reentrant recomputation would lose if they came in a mapping."""
     model, tokens, found = build(name).train(), prompt(), []
     for recompute in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         if recompute:
-            model.activation_checkpointing_enable(recompute)
+            recompute_activations(model, recompute)
         model.zero_grad()
         torch.manual_seed(0)
         model(tokens, labels=tokens).loss.backward()
@@ -193,7 +199,7 @@ def test_recomputing_is_refused_where_planes_are_redrawn() -> None:
     redrawn = HAX.Config(WIDTH, mixer=MAMBA2, patterns=(Lsh(4, n_bits=2),), d_key=4, planes="redrawn")
     model = RecollectForCausalLM(RecollectConfig.of([redrawn], VOCAB))
     with pytest.raises(ConfigError, match="planes=redrawn of layers"):
-        model.activation_checkpointing_enable()
+        recompute_activations(model)
 
 
 @torch.no_grad()
@@ -231,6 +237,15 @@ def test_the_state_is_as_large_as_declared_and_does_not_grow() -> None:
 
 
 @torch.no_grad()
+def test_an_empty_cache_made_without_the_config_is_filled_with_states() -> None:
+    model, tokens, cache = build("mixed"), prompt(), DynamicCache()
+    model(tokens[:, :-1], past_key_values=cache, use_cache=True)
+    assert [type(layer) for layer in cache.layers] == [StateLayer] * model.config.num_hidden_layers
+    again = model(tokens[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(again, model(tokens).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_rows_of_a_cache_can_be_chosen_repeated_and_forgotten() -> None:
     model, tokens = build("mixed"), prompt()
     cache = model(tokens[:, :-1], use_cache=True).past_key_values
@@ -240,11 +255,11 @@ def test_rows_of_a_cache_can_be_chosen_repeated_and_forgotten() -> None:
     out = model(tokens[order, -1:], past_key_values=cache)
     torch.testing.assert_close(out.logits, wanted[order], rtol=1e-4, atol=1e-4)
     cache.batch_repeat_interleave(2)
-    assert cache.batch_size == 6
+    assert {layer.batch_size for layer in cache.layers} == {6}
     cache.batch_select_indices(torch.tensor([True, False, True, False, True, False]))
-    assert cache.batch_size == 3
+    assert {layer.batch_size for layer in cache.layers} == {3}
     cache.reset()
-    assert (cache.get_seq_length(), cache.batch_size) == (0, -1)
+    assert (cache.get_seq_length(), cache.layers[0].batch_size) == (0, -1)
     torch.testing.assert_close(model(tokens, past_key_values=cache).logits[:, -1:], wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -272,8 +287,13 @@ def test_every_layer_of_the_table_makes_a_model() -> None:
 
 def test_wrong_inputs_are_told_of() -> None:
     model = build("mamba2")
-    with pytest.raises(ConfigError, match="DynamicCache"):
-        model(prompt(), past_key_values=DynamicCache())
+    of_attention = DynamicCache()
+    of_attention.update(torch.zeros(3, 1, 4, 2), torch.zeros(3, 1, 4, 2), 0)
+    of_more_layers = model(prompt(), use_cache=True).past_key_values
+    of_more_layers.layers.append(StateLayer())
+    for cache in (of_attention, of_more_layers):
+        with pytest.raises(ConfigError, match="DynamicCache"):
+            model(prompt(), past_key_values=cache)
     with pytest.raises(ConfigError, match="different d_model"):
         RecollectConfig.of([MAMBA2, Mamba2.Config(32)], VOCAB)
     with pytest.raises(Exception, match="unknown key 'd_stat'"):

@@ -53,6 +53,8 @@ class StateLayer(CacheLayerMixin):
         """None: a state of bounded size takes any number of positions."""
         return -1
 
+    get_max_cache_shape = get_max_length  # what releases before called it
+
     @property
     def batch_size(self) -> int:
         """Rows; -1 before the first position."""

@@ -185,10 +185,10 @@ class RecollectModel(RecollectPreTrainedModel):
         single = x.shape[1] == 1 and not self.training
         seen: list[Tensor] = []
         aux: Aux = {}
-        for i, block in enumerate(self.layers):
+        slots = [None] * len(self.layers) if past_key_values is None else self._slots(past_key_values)
+        for block, slot in zip(self.layers, slots, strict=True):
             if wanted:
                 seen.append(x)
-            slot = self._slot(past_key_values, i)
             state = None if slot is None else slot.state
             x, state, names, *losses = block(x, state, reset, single and state is not None)
             if use_cache and slot is not None:
@@ -205,13 +205,17 @@ class RecollectModel(RecollectPreTrainedModel):
         as_tuple = return_dict is False or (return_dict is None and defaults.return_dict is False)
         return out.to_tuple() if as_tuple else out
 
-    def _slot(self, cache: Cache | None, i: int) -> StateLayer | None:
-        if cache is None:
-            return None
-        slot = cache.layers[i] if i < len(cache.layers) else None
-        if not isinstance(slot, StateLayer):
-            raise ConfigError("past_key_values must be a DynamicCache(config=model.config) of this model")
-        return slot
+    def _slots(self, cache: Cache) -> list[StateLayer]:
+        """A state for every layer. A cache that was made without the config, or by a release of transformers that asks
+        no registry which layers it wants, is given them while it is empty.
+        """
+        if isinstance(cache, DynamicCache) and not cache.get_seq_length():
+            cache.layers = [slot if isinstance(slot, StateLayer) else StateLayer() for slot in cache.layers]
+            cache.layers += [StateLayer() for _ in range(len(cache.layers), len(self.layers))]
+        slots = [slot for slot in cache.layers if isinstance(slot, StateLayer)]
+        if len(slots) != len(self.layers) or len(slots) != len(cache.layers):
+            raise ConfigError("past_key_values must be a DynamicCache of this model, or an empty one")
+        return slots
 
 
 class RecollectForCausalLM(RecollectPreTrainedModel, GenerationMixin):
