@@ -210,8 +210,8 @@ class RecollectModel(RecollectPreTrainedModel):
         no registry which layers it wants, is given them while it is empty.
         """
         if isinstance(cache, DynamicCache) and not cache.get_seq_length():
-            cache.layers = [slot if isinstance(slot, StateLayer) else StateLayer() for slot in cache.layers]
-            cache.layers += [StateLayer() for _ in range(len(cache.layers), len(self.layers))]
+            layers: list[Any] = [slot if isinstance(slot, StateLayer) else StateLayer() for slot in cache.layers]
+            cache.layers = layers + [StateLayer() for _ in range(len(layers), len(self.layers))]
         slots = [slot for slot in cache.layers if isinstance(slot, StateLayer)]
         if len(slots) != len(self.layers) or len(slots) != len(cache.layers):
             raise ConfigError("past_key_values must be a DynamicCache of this model, or an empty one")
