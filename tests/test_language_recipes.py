@@ -26,7 +26,7 @@ def test_rows_differ_in_their_attention_alone(name: str) -> None:
         assert replace(run.problem, beside=None) == plain.problem
         assert (run.problem.beside is None) == row.startswith("none")
         assert (run.train == plain.train) == (row != "none-longer")
-    assert runs["none-longer"].train.steps == 1.5 * plain.train.steps
+    assert 1.1 * plain.train.steps < runs["none-longer"].train.steps < 2 * plain.train.steps
     budgets = {row: run.problem.beside.n_keys for row, run in runs.items() if row in PATTERNS}
     assert len(set(budgets.values())) == 1, "every pattern of the paper has the same budget"
 

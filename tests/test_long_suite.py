@@ -325,6 +325,15 @@ def test_restated_questions_are_told_true_and_leave_the_asked_one() -> None:
         assert all(context.count(sentence) == 1 for sentence in restated)
         assert asked not in " ".join(restated)
         assert solve(prompt.text) == list(prompt.answers)
+    dense = JointRecallInWords.Config(layout="dense", n_restated=24).build().sample(np.random.default_rng(0), 1000)
+    context, _, question = dense.text.rpartition("\n")
+    *restated, asked = re.split(r"(?<=\.) ", question)
+    told = re.split(r"(?<=\.) ", context)
+    often = Counter(restated)
+    assert len(often) == len(told) - 1
+    assert set(often) < set(told)
+    assert set(often.values()) <= {2, 3}
+    assert asked not in " ".join(restated)
     assert with_restated(SUITE["multi-key"], 8) == replace(SUITE["multi-key"], n_restated=3)
     assert with_restated(SUITE["common-words"], 8) == SUITE["common-words"]
 

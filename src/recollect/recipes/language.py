@@ -141,10 +141,11 @@ def language_micro() -> FaceOff:
         base_batch=16,
         base_steps=2000,
         base_lr=4e-3,
-        steps=800,
+        steps=400,
         lr=2e-3,
         batch_size=2,
-        questions=SuiteQuestions("words", ASKED, lengths=(2048, 4096, 8192), depths=(0.0, 0.5, 1.0), n=10),
+        questions=SuiteQuestions("words", ASKED, lengths=(2048, 4096, 8192), depths=(0.0, 0.5, 1.0), n=6),
+        longer=1.2,
         lengths=(2048, 4096, 8192),
     )
     return scale.faceoff("language-micro", "HAX beside a pretrained Mamba-2", (0, 1))

@@ -20,6 +20,9 @@ from recollect.text.suite.vocabulary import PLACES, THINGS
 Floats = npt.NDArray[np.float64]
 Layout = Literal["block", "spread", "dense"]
 
+TIMES = 3
+"""How often a cell of a dense table is asked at most, before the question: the rest of the context is the table."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -61,7 +64,8 @@ class JointRecallInWords(SuiteTask):
         haystack: Haystack = "noise"
         files: tuple[str, ...] = ()
         n_restated: int = 0
-        """Other cells asked for and answered before the question: a solved document teaches more with them."""
+        """Other cells asked for and answered before the question: a solved document teaches more with them. Of a
+        ``dense`` table up to ``TIMES`` times each, of the others once."""
 
         def __post_init__(self) -> None:
             for name in ("n_contexts", "n_keys"):
@@ -88,9 +92,9 @@ class JointRecallInWords(SuiteTask):
         options = self.options
         n_keys = options.n_keys if options.layout != "dense" else self._square(sizes)
         told = self._cells(child(rng), n_keys)
-        order = child(rng).random(1 << 10)  # of whom is restated; a table larger than that begins it again
+        order = child(rng).random(1 << 10)  # of whom is restated; larger tables begin it again
         if options.layout == "dense":
-            return Plan(lambda n: self._prompt(told.first(n), [], depth, order), least=options.n_restated + 2)
+            return Plan(lambda n: self._prompt(told.first(n), [], depth, order), least=2)
         cells = told.first(options.n_contexts * n_keys)
         units = Units(filler(options.haystack, child(rng), options.files))
         return Plan(lambda n: self._prompt(cells, units.first(n), depth, order))
@@ -124,7 +128,8 @@ class JointRecallInWords(SuiteTask):
             body, spans = laid(units, [((i + 0.5) / n, cell.told) for i, cell in enumerate(cells)])
             start = spans[asked][0]
         cell = cells[asked]
-        others = [i for i in np.argsort(np.resize(order, n), kind="stable").tolist() if i != asked]
+        rounds = np.resize(order, (TIMES if options.layout == "dense" else 1, n)).argsort(1, kind="stable")
+        others = [i for i in rounds.flatten().tolist() if i != asked]
         restated = [cells[i].told for i in others[: options.n_restated]]
         question = " ".join([*restated, cell.question])
         text, spans = framed("", body, [(start, start + len(cell.told))], question)
