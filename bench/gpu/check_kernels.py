@@ -5,6 +5,7 @@
 Every case runs in float32 and bfloat16 with Triton, and in float64 with PyTorch's operations on the same, already
 rounded, numbers. The error is the norm of the difference over the norm, for each output and each gradient. Exits with 1
 when one exceeds 1e-4 in float32 or 1e-2 in bfloat16. On a CPU Triton's interpreter runs (slow; give --only).
+Installed libraries (``ops.libraries``) are checked too, to 5e-2 in bfloat16; a record says ``not used`` and why if not.
 """
 
 from __future__ import annotations
@@ -106,6 +107,29 @@ def scanned(
     return make
 
 
+def per_channel(length: int, width: int, pairs: int, *, resets: bool) -> Callable[[torch.device], Made]:
+    """``siso_ssm`` with an initial state; complex numbers are given as their real and imaginary parts."""
+
+    def make(device: torch.device) -> Made:
+        from recollect.ops.siso_ssm import siso_ssm
+
+        angle = torch.randn(width, pairs, device=device)
+        decay = torch.rand(width, pairs, device=device) * 0.29 + 0.7
+        a = torch.view_as_real(torch.polar(decay, angle))
+        shapes = [(width, pairs, 2), (width,), (2, width, pairs, 2)]
+        inputs = [torch.randn(2, length, width, device=device), a, *(torch.randn(x, device=device) for x in shapes)]
+        reset = (torch.rand(2, length, device=device) < 3 / length) if resets else None
+
+        def call(given: list[Tensor]) -> list[Tensor]:
+            u, *rest = given
+            a, c, skip, h = (x.float() if x.dtype == torch.bfloat16 else x for x in rest)
+            return list(siso_ssm(u, torch.view_as_complex(a), torch.view_as_complex(c), skip, h, reset=reset))
+
+        return Made(inputs, call)
+
+    return make
+
+
 def convolved(length: int, width: int, taps: int, *, resets: bool) -> Callable[[torch.device], Made]:
     """``causal_conv`` with SiLU."""
 
@@ -137,9 +161,60 @@ CASES: dict[str, Callable[[torch.device], Made]] = {
     "scan, real and constant": scanned(1000, 96, complex_=False, constant=True, resets=False),
     "scan, complex": scanned(1000, 96, complex_=True, constant=False, resets=True),
     "scan, complex and constant": scanned(1000, 96, complex_=True, constant=True, resets=True),
+    "one scan per channel": per_channel(1000, 96, 32, resets=True),
+    "one scan per channel, 64 states, one span": per_channel(130, 750, 64, resets=False),
+    "one scan per channel, 5 states": per_channel(1000, 33, 5, resets=False),
+    "one scan per channel, 256 states": per_channel(300, 20, 256, resets=True),
     "convolution": convolved(1000, 200, 4, resets=True),
     "convolution, three taps": convolved(65, 33, 3, resets=False),
 }
+
+
+def dual(length: int, *, groups: int, resets: bool) -> Callable[[torch.device], Made]:
+    """``ssd`` with an initial state: 4 heads of 64, 128 states."""
+
+    def make(device: torch.device) -> Made:
+        from recollect.ops.ssd import ssd
+
+        shapes = [(2, length, 4, 64), (2, length, groups, 128), (2, length, groups, 128), (4,), (2, 4, 64, 128)]
+        x, B, C, D, h = (torch.randn(shape, device=device) for shape in shapes)
+        dt, A = torch.rand(2, length, 4, device=device) * 0.1, -16 * torch.rand(4, device=device)
+        reset = (torch.rand(2, length, device=device) < 3 / length) if resets else None
+        if reset is not None:
+            reset[0, 0] = True
+
+        def call(given: list[Tensor]) -> list[Tensor]:
+            return list(ssd(*given[:-1], h_init=given[-1], reset=reset))
+
+        return Made([x, dt, A, B, C, D, h], call)
+
+    return make
+
+
+def selective(length: int) -> Callable[[torch.device], Made]:
+    """``selective_scan`` from zero: 96 channels, 16 states."""
+
+    def make(device: torch.device) -> Made:
+        from recollect.ops.selective_scan import selective_scan
+
+        u, dt = (torch.randn(2, length, 96, device=device) for _ in range(2))
+        B, C = (torch.randn(2, length, 16, device=device) for _ in range(2))
+        inputs = [u, dt, -16 * torch.rand(96, 16, device=device), B, C, torch.randn(96, device=device)]
+        return Made(inputs, lambda given: list(selective_scan(*given, softplus=True)))
+
+    return make
+
+
+LIBRARY_CASES: dict[str, tuple[str, str, Callable[[torch.device], Made]]] = {
+    "mamba-ssm, ssd": ("ssd", "mamba-ssm", dual(1000, groups=1, resets=False)),
+    "mamba-ssm, ssd, resets": ("ssd", "mamba-ssm", dual(1000, groups=2, resets=True)),
+    "mamba-ssm, selective scan": ("selective_scan", "mamba-ssm", selective(1000)),
+    "mamba-ssm, selective scan, long": ("selective_scan", "mamba-ssm", selective(2047)),
+    "fla, ssd": ("ssd", "fla", dual(1000, groups=2, resets=False)),
+}
+"""Op and installed library; PyTorch's operations are the reference."""
+LIBRARY_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""In half precision the libraries round what is read of states, too, and fla dt x."""
 
 
 def outcome(made: Made, dtype: torch.dtype, weights: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -181,6 +256,21 @@ def check(make: Callable[[torch.device], Made], dtype: torch.dtype, device: torc
     return {"outputs": errors[0], "gradients": errors[1]}
 
 
+def check_library(
+    op: str, name: str, make: Callable[[torch.device], Made], dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """``check`` of what an installed library does; ``not used`` says why there is nothing to check."""
+    from common import only_library
+
+    from recollect.ops import dispatch, libraries
+
+    if missing := libraries.missing(op, name) if dispatch.on_gpu(device) else f"tensors on {device.type}":
+        return {"not used": missing}
+    with only_library(name) as chosen:
+        found = check(make, dtype, device)
+    return found if chosen[-1].path == name else {"not used": chosen[-1].why}
+
+
 def main() -> int:
     """Check every case; prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,6 +302,21 @@ def main() -> int:
 
             found = cases.add(case, measure)
             if "failed" in found or max(found["outputs"], found["gradients"]) > tolerance:
+                wrong.append(case)
+    for name, (op, library, make) in LIBRARY_CASES.items():
+        if options.only and not any(part in name for part in options.only):
+            continue
+        for dtype, tolerance in LIBRARY_TOLERANCES.items():
+            case = f"{name}, {str(dtype).removeprefix('torch.')}"
+
+            def compare(op: str = op, library: str = library, make: Any = make, dtype: Any = dtype) -> dict[str, Any]:
+                try:
+                    return check_library(op, library, make, dtype, device)
+                except Exception as error:
+                    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+
+            found = cases.add(case, compare)
+            if "failed" in found or max(found.get("outputs", 0), found.get("gradients", 0)) > tolerance:
                 wrong.append(case)
     if wrong:
         print(f"differ from PyTorch's operations: {'; '.join(wrong)}", file=sys.stderr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from recollect.core.errors import RecollectError
 from recollect.core.files import write_atomically
 from recollect.eval.bench.measure import median_time, once, peak_of
+from recollect.ops import dispatch
 from recollect.train.runtime import environment
 
 SECONDS = 0.3
@@ -65,6 +67,23 @@ def figures(run: Callable[[], object], device: torch.device, *, graph: bool = Tr
         except RuntimeError as error:
             found["graph_failed"] = " ".join(str(error).split())[:300]
     return found
+
+
+@contextmanager
+def only_library(name: str) -> Generator[list[dispatch.Choice]]:
+    """Ops use no other installed library than this; the list gets what every call of one that may chose."""
+    chosen: list[dispatch.Choice] = []
+    explain, order = dispatch.explain_library, dispatch.LIBRARIES
+
+    def noted(op: str, asked: dispatch.Asked) -> dispatch.Choice:
+        chosen.append(explain(op, asked))
+        return chosen[-1]
+
+    try:
+        dispatch.LIBRARIES, dispatch.explain_library = (name,), noted
+        yield chosen
+    finally:
+        dispatch.LIBRARIES, dispatch.explain_library = order, explain
 
 
 class Cases:

@@ -5,7 +5,8 @@
 The cases of ``check_kernels.py`` run on CPU tensors with every launch replaced by the compilation of what would be
 launched, arguments, widths and types as they are. What comes out of them is garbage and not looked at. For each kernel:
 registers per thread, bytes spilled to local memory (which lies in the GPU's main memory: none is best), and shared
-memory per program. Exits with 1 when something does not compile or needs more shared memory than a program may have.
+memory per program. Exits with 1 when something does not compile or needs more shared memory than a program may have. With ``--only`` the other kernels
+that ``--out`` holds stay in it.
 """
 
 from __future__ import annotations
@@ -130,7 +131,16 @@ def main() -> int:
     for name in heavy:
         print(f"{name} needs {kernels[name]['shared']:,} bytes of shared memory of {SHARED:,}", file=sys.stderr)
     if options.out:
-        made = {"arch": options.arch, "kernels": kernels, "failed": failed}
+        import triton
+
+        kept = json.loads(options.out.read_text())["kernels"] if options.only and options.out.exists() else {}
+        made = {
+            "arch": options.arch,
+            "triton": triton.__version__,
+            "note": "compiled without a GPU: nothing here was run or timed",
+            "kernels": dict(sorted((kept | kernels).items())),
+            "failed": failed,
+        }
         write_atomically(options.out, (json.dumps(made, indent=1) + "\n").encode())
     return 1 if failed or heavy else 0
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ERRORS = ("outputs", "gradients")
 ATTENTION_ROWS = ("hax", "window", "hax, torch", "window, torch", "hax, flex", "window, flex", "flash")
 
 
@@ -76,8 +77,8 @@ def scans(record: Mapping[str, Any]) -> str:
     rows: list[list[str]] = []
     for name, case in record["cases"].items():
         if name != "ceilings":
-            figures = [case.get(what, {"failed": ""}) for what in ("forward", "both")]
-            reached = (f"{one['fraction']:.2f}" if "fraction" in one else "-" for one in figures)
+            figures = [case.get(what, None if "not used" in case else {"failed": ""}) for what in ("forward", "both")]
+            reached = (f"{one['fraction']:.2f}" if one and "fraction" in one else "-" for one in figures)
             rows.append([name, *map(_cell, figures), *reached])
     columns = ["operation, length", "forward, ms", "both, ms", "of the copy rate: forward", "both"]
     return f"## Scans, batch {record['batch']}\n\n{_table(columns, rows)}"
@@ -104,7 +105,7 @@ def steps(record: Mapping[str, Any]) -> str:
 def check(record: Mapping[str, Any]) -> str:
     """The largest errors against PyTorch's operations."""
     rows = [
-        [name, "failed", "-"] if "failed" in case else [name, *(f"{case[k]:.1e}" for k in ("outputs", "gradients"))]
+        [name, *(f"{case[k]:.1e}" if k in case else "-" if "not used" in case else "failed" for k in ERRORS)]
         for name, case in record["cases"].items()
     ]
     return f"## Kernels against PyTorch's operations\n\n{_table(['case', 'outputs', 'gradients'], rows)}"

@@ -2,29 +2,32 @@
 
     python bench/gpu/time_scans.py OUT.json [--device cuda] [--lengths 1024 8192 65536]
 
-``scan``: the diagonal recurrence of S5, complex, 256 states, batch 8; ``selective`` and ``ssd``: the scans of Mamba and
-Mamba-2 at the shape of their 130m models; ``conv``: the short convolution. Each by the execution that ``ops.dispatch``
-picks and by PyTorch's operations, beside mamba-ssm's kernels where they are installed. ``bytes_ms`` is the time that
-reading every input and writing every output once needs at the copy rate measured on the spot; ``fraction`` is that over
-what was measured (as a graph, where one could be made).
+``scan``: the diagonal recurrence of S5, complex, 256 states, batch 8; ``siso``: S4D's scan, 32 complex states for
+each of 512 channels, bound by operations: ``operations_ms`` is what those need at the rate of a float32 product,
+``of_operations`` their share of what was measured; ``selective`` and ``ssd``: the scans of Mamba and Mamba-2 at the
+shape of their 130m models; ``conv``: the short convolution. Each by the execution that ``ops.dispatch``
+picks without libraries and by PyTorch's operations, and by mamba-ssm and fla where they are installed; where not, a
+record says ``not used`` and why. ``bytes_ms`` is the time that reading every input and writing every output once needs
+at the copy rate measured on the spot; ``fraction`` is that over what was measured (as a graph, where one can be made).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Cases, copy_rate, figures
+from common import Cases, copy_rate, figures, only_library, product_rate
 from torch import Tensor
 
-from recollect.ops import dispatch
+from recollect.ops import dispatch, libraries
 from recollect.ops.conv import causal_conv
 from recollect.ops.scan import scan
 from recollect.ops.selective_scan import selective_scan
+from recollect.ops.siso_ssm import siso_ssm
 from recollect.ops.ssd import ssd
 from recollect.train.runtime import resolve_device
 
@@ -38,6 +41,8 @@ class Task(NamedTuple):
     call: Callable[[list[Tensor]], Tensor]
     forward_bytes: int
     both_bytes: int
+    multiply_adds: tuple[int, int] | None = None
+    """Of forward and both, where they need longer than the bytes."""
 
 
 def _task(inputs: list[Tensor], call: Callable[[list[Tensor]], Tensor]) -> Task:
@@ -61,6 +66,16 @@ def tasks(length: int, device: torch.device) -> dict[str, Callable[[], Task]]:
         b = torch.complex(randn(BATCH, length, STATES), randn(BATCH, length, STATES))
         return _task([a, b], lambda given: torch.view_as_real(scan(*given)[0]))
 
+    def per_channel() -> Task:
+        width, pairs = 512, 32
+        a = 0.99 * torch.exp(1j * torch.rand(width, pairs, device=device))
+        c = torch.complex(randn(width, pairs), randn(width, pairs))
+        start = torch.zeros(BATCH, width, pairs, 2, device=device)
+        given = [randn(BATCH, length, width), a, c, randn(width)]
+        n = BATCH * length * width * pairs
+        task = _task(given, lambda given: siso_ssm(given[0], given[1], given[2], given[3], start)[0])
+        return task._replace(multiply_adds=(6 * n, 20 * n))
+
     def convolution() -> Task:
         x = randn(BATCH, length, 2 * WIDTH, dtype=torch.bfloat16)
         rest = [randn(2 * WIDTH, 4, dtype=torch.bfloat16), randn(2 * WIDTH, dtype=torch.bfloat16)]
@@ -73,33 +88,28 @@ def tasks(length: int, device: torch.device) -> dict[str, Callable[[], Task]]:
         B, C = randn(BATCH, length, 16), randn(BATCH, length, 16)
         return _task([u, dt, A, B, C], lambda given: selective_scan(*given)[0])
 
-    def mamba2() -> Task:
+    def mamba2(dtype: torch.dtype = torch.float32) -> Task:
         heads = 2 * WIDTH // 64
-        x, dt = randn(BATCH, length, heads, 64), torch.rand(BATCH, length, heads, device=device)
+        x, dt = randn(BATCH, length, heads, 64, dtype=dtype), torch.rand(BATCH, length, heads, device=device)
         A = -torch.rand(heads, device=device)
-        B, C = randn(BATCH, length, 1, 128), randn(BATCH, length, 1, 128)
+        B, C = (randn(BATCH, length, 1, 128, dtype=dtype) for _ in range(2))
         return _task([x, dt, A, B, C], lambda given: ssd(*given)[0])
 
-    return {"scan": diagonal, "conv": convolution, "selective": mamba, "ssd": mamba2}
+    half = {"ssd, bfloat16": lambda: mamba2(torch.bfloat16)}
+    return {"scan": diagonal, "siso": per_channel, "conv": convolution, "selective": mamba, "ssd": mamba2, **half}
 
 
-def installed(length: int, device: torch.device) -> dict[str, Callable[[], Task]]:
-    """The kernels of mamba-ssm on the same shapes, where they can be imported."""
-    if device.type != "cuda" or find_spec("mamba_ssm") is None:
-        return {}
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore
-
-    def mamba2() -> Task:
-        heads = 2 * WIDTH // 64
-        x = torch.randn(BATCH, length, heads, 64, device=device, dtype=torch.bfloat16)
-        dt, A = torch.rand(BATCH, length, heads, device=device), -torch.rand(heads, device=device)
-        B, C = (torch.randn(BATCH, length, 1, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
-        return _task([x, dt, A, B, C], lambda given: mamba_chunk_scan_combined(*given, chunk_size=256))
-
-    return {"ssd, mamba-ssm": mamba2}
+LIBRARY_TASKS = (
+    ("ssd, bfloat16", "ssd", "mamba-ssm"),
+    ("ssd, bfloat16", "ssd", "fla"),
+    ("selective", "selective_scan", "mamba-ssm"),
+)
+"""Task, op, library."""
 
 
-def timed(make: Callable[[], Task], bytes_s: float, device: torch.device) -> dict[str, Any]:
+def timed(
+    make: Callable[[], Task], bytes_s: float, device: torch.device, operations_s: float | None = None
+) -> dict[str, Any]:
     """Figures of one task, forward alone and with its backward."""
     try:
         task = make()
@@ -116,13 +126,26 @@ def timed(make: Callable[[], Task], bytes_s: float, device: torch.device) -> dic
         "forward": (forward, task.forward_bytes),
         "both": (lambda: torch.autograd.grad(task.call(task.inputs), task.inputs, ones), task.both_bytes),
     }
-    for name, (run, n_bytes) in runs.items():
+    for nth, (name, (run, n_bytes)) in enumerate(runs.items()):
         one = figures(run, device)
         one["bytes_ms"] = 1000 * n_bytes / bytes_s
         if "ms" in one:
             one["fraction"] = one["bytes_ms"] / one.get("graph_ms", one["ms"])
+        if task.multiply_adds is not None and operations_s is not None:
+            one["operations_ms"] = 1000 * 2 * task.multiply_adds[nth] / operations_s
+            if "ms" in one:
+                one["of_operations"] = one["operations_ms"] / one.get("graph_ms", one["ms"])
         found[name] = one
     return found
+
+
+def timed_library(op: str, name: str, make: Callable[[], Task], bytes_s: float, device: torch.device) -> dict[str, Any]:
+    """``timed`` by an installed library; ``not used`` says why not."""
+    if missing := libraries.missing(op, name) if dispatch.on_gpu(device) else f"tensors on {device.type}":
+        return {"not used": missing}
+    with only_library(name) as chosen:
+        found = timed(make, bytes_s, device)
+    return found if chosen[-1].path == name else {"not used": chosen[-1].why}
 
 
 def main() -> None:
@@ -134,15 +157,22 @@ def main() -> None:
     options = parser.parse_args()
     device = resolve_device(options.device)
     cases = Cases(options.out, device, batch=BATCH, width=WIDTH, states=STATES)
-    rate = cases.add("ceilings", lambda: {"bytes_s": copy_rate(device)})["bytes_s"]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ceilings = {"bytes_s": lambda: copy_rate(device), "operations_s": lambda: product_rate(device, torch.float32)}
+    found = cases.add("ceilings", lambda: {name: measure() for name, measure in ceilings.items()})
+    rate, operations = found["bytes_s"], found["operations_s"]
+    dispatch.LIBRARIES = ()
     for length in options.lengths:
         for kernels in ("auto", "torch"):
             dispatch.KERNELS = kernels
             suffix = ", torch" if kernels == "torch" else ""
             for name, make in tasks(length, device).items():
-                cases.add(f"{name}{suffix} {length}", lambda m=make: timed(m, rate, device))
-        for name, make in installed(length, device).items():
-            cases.add(f"{name} {length}", lambda m=make: timed(m, rate, device))
+                cases.add(f"{name}{suffix} {length}", lambda m=make: timed(m, rate, device, operations))
+        dispatch.KERNELS = "auto"
+        for name, op, library in LIBRARY_TASKS:
+            make = tasks(length, device)[name]
+            measure = partial(timed_library, op, library, make, rate, device)
+            cases.add(f"{name}, {library} {length}", measure)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,60 @@ def _is_missing(package: str) -> str:
     return ""
 
 
+LIBRARIES = ("mamba-ssm", "fla")
+"""Which packages ``ops.libraries`` may use on a GPU where they are installed, best first."""
+
+
+class Asked(NamedTuple):
+    """A call of ``ops.ssd`` or ``ops.selective_scan``: where, on what, and what of it not every library can do.
+
+    ``dtype`` is that of x, B and C together; a selective scan has one head of ``width`` channels.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    length: int
+    heads: int
+    width: int
+    d_state: int
+    groups: int = 1
+    reset: bool = False
+    h_init: bool = False
+    gradients: bool = False
+
+
+def asks_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors may be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Where the libraries' kernels run."""
+    return device.type == "cuda"
+
+
+def explain_library(op: str, asked: Asked) -> Choice:
+    """Which installed library carries out a call of ``ops.ssd`` or ``ops.selective_scan``, or why none (``torch``).
+
+    ``op`` is the function's name. Compiled graphs are broken around a library's kernels.
+    """
+    if KERNELS == "torch":
+        return Choice("torch", "RECOLLECT_KERNELS=torch")
+    if not on_gpu(asked.device):
+        return Choice("torch", f"tensors on {asked.device.type}: libraries are used on a GPU")
+    from recollect.ops import libraries  # it needs torch's compiler, which is slow to import
+
+    reasons: list[str] = []
+    for name in LIBRARIES:
+        if name in libraries.KERNELS[op]:
+            reason = libraries.refusal(op, name, asked)
+            if not reason:
+                return Choice(name, "installed, and its kernels do all that is asked")
+            reasons.append(f"{name}: {reason}")
+    return Choice("torch", "; ".join(reasons))
+
+
 def explain_sparse_attention(
     length: int,
     n_memory: int,

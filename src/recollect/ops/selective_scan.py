@@ -88,10 +88,28 @@ def selective_scan(
     zero; reset (B, L) bool. ``dt`` must be positive, unless ``softplus`` is to make it so. Any L >= 1.
 
     Time O(B L E N), sequential in time. The states (B, L, E, N) are never held: backward makes them again from states
-    stored every 32 (compiled kernel, ``ops.dispatch``) or 64 positions. First derivatives only.
+    stored every 32 (compiled kernel, ``ops.dispatch``) or 64 positions. On a GPU an installed library is used where
+    there are neither resets nor ``h_init`` (``ops.libraries``). First derivatives only.
     """
     with torch.autocast(u_BLE.device.type, enabled=False):
         dtype = accumulator_dtype(u_BLE.dtype)
+        given = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E)
+        asked = dispatch.Asked(
+            u_BLE.device,
+            u_BLE.dtype,
+            *u_BLE.shape[:2],
+            heads=1,
+            width=u_BLE.shape[2],
+            d_state=A_EN.shape[1],
+            reset=reset is not None,
+            h_init=h_init is not None,
+            gradients=dispatch.asks_gradients(*given, h_init),
+        )
+        library = dispatch.explain_library("selective_scan", asked).path
+        if library != "torch":
+            from recollect.ops import libraries
+
+            return libraries.selective_scan(library, *given, softplus)  # pyright: ignore[reportCallIssue] its decorator
         u, dt, A, B, C = (t.to(dtype) for t in (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN))
         D = A.new_zeros(A.shape[0]) if D_E is None else D_E.to(dtype)
         h = u.new_zeros(u.shape[0], *A.shape) if h_init is None else h_init.to(dtype)

@@ -59,14 +59,22 @@ def siso_ssm(
     (B, L) bool. Any L >= 1. First derivatives only.
 
     On a CPU a compiled loop over the positions keeps the states of 64 channels in the nearest caches: time O(B L D P),
-    memory O(B L D), and backward needs no states. Elsewhere ``ops.lti`` in chunks of ``chunk_size``.
+    memory O(B L D), and backward needs no states. On a GPU ``gpu.siso_ssm`` does so in registers, and reads u in half
+    precision as it is. Elsewhere ``ops.lti`` in chunks of ``chunk_size``.
     """
     dtype = accumulator_dtype(u_BLD.dtype)
-    u_BLD, h_init, skip_D = u_BLD.to(dtype), h_init.to(dtype), skip_D.to(dtype)
+    h_init, skip_D = h_init.to(dtype), skip_D.to(dtype)
     a_DP, c_DP = a_DP.to(dtype.to_complex()), c_DP.to(dtype.to_complex())
+    out: tuple[Tensor, Tensor]
+    gpu = dispatch.gpu_kernels("siso_ssm", u_BLD)
+    if gpu is not None:
+        a_DP2, c_DP2 = (torch.view_as_real(t.resolve_conj()) for t in (a_DP, c_DP))
+        out = _OnGpu.apply(gpu, u_BLD, a_DP2, c_DP2, skip_D, h_init, reset)  # pyright: ignore[reportAssignmentType]
+        return out
+    u_BLD = u_BLD.to(dtype)
     if dispatch.kernels("siso_ssm", u_BLD, h_init, skip_D) is not None:
         a_DP2, k_DP2 = torch.view_as_real(a_DP), torch.view_as_real(c_DP.conj().resolve_conj())
-        out: tuple[Tensor, Tensor] = _Compiled.apply(u_BLD, a_DP2, k_DP2, skip_D, h_init, reset)  # pyright: ignore[reportAssignmentType]
+        out = _Compiled.apply(u_BLD, a_DP2, k_DP2, skip_D, h_init, reset)  # pyright: ignore[reportAssignmentType]
         return out
     with torch.autocast(u_BLD.device.type, enabled=False):
         reset = any_reset(reset)
@@ -101,6 +109,25 @@ class DiagonalBasis(Basis):
     def advance(self, h_DBN: Tensor, n: int) -> Tensor:
         h_DBP = torch.view_as_complex(h_DBN.contiguous().unflatten(-1, (-1, 2)))
         return torch.view_as_real(h_DBP * self.powers_DQP[:, n - 1].unsqueeze(1)).flatten(2)
+
+
+class _OnGpu(torch.autograd.Function):
+    """``ops.gpu.siso_ssm``. ``u`` may be in half precision, which the kernels read as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, module: ModuleType, u: Tensor, a: Tensor, c: Tensor, skip: Tensor, start: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, last, starts = module.forward(u, a, c, skip, start, reset)
+        ctx.save_for_backward(u, a, c, skip, starts, reset)
+        ctx.module = module
+        ctx.set_materialize_grads(False)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.module.backward(*ctx.saved_tensors, *grad_outputs), None
 
 
 class _Compiled(torch.autograd.Function):

@@ -92,11 +92,29 @@ def ssd(
 
     The sequence is cut into equal chunks of at most ``chunk_size`` positions Q: quadratic attention with decays inside,
     one state per chunk between. Time O(B L H (Q P + P N)), memory O(B L H (Q + P N / Q)); a compiled kernel
-    (``ops.dispatch``) keeps the (Q, Q) arrays in cache, which leaves O(B L H P N / Q). First derivatives only.
+    (``ops.dispatch``) keeps the (Q, Q) arrays in cache, which leaves O(B L H P N / Q). On a GPU an installed library
+    is used (``ops.libraries``), in chunks of its own; in half precision it rounds y. First derivatives only.
     """
     # Mixed-precision autocast would take the products in half precision.
     with torch.autocast(x_BLHP.device.type, enabled=False):
         dtype = accumulator_dtype(x_BLHP.dtype)
+        given = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, h_init)
+        asked = dispatch.Asked(
+            x_BLHP.device,
+            torch.promote_types(x_BLHP.dtype, torch.promote_types(B_BLGN.dtype, C_BLGN.dtype)),
+            *x_BLHP.shape,
+            d_state=B_BLGN.shape[3],
+            groups=B_BLGN.shape[2],
+            reset=reset is not None,
+            h_init=h_init is not None,
+            gradients=dispatch.asks_gradients(*given),
+        )
+        library = dispatch.explain_library("ssd", asked).path
+        if library != "torch":
+            from recollect.ops import libraries
+
+            y, last = libraries.ssd(library, *given, reset)  # pyright: ignore[reportCallIssue] its decorator
+            return y.to(dtype), last
         x, dt, A, B, C = (t.to(dtype) for t in (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN))
         D = None if D_H is None else D_H.to(dtype)
         h = None if h_init is None else h_init.to(dtype)

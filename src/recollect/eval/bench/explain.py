@@ -34,6 +34,13 @@ ATTENTION: dict[str, tuple[Pattern, ...]] = {
     "full attention by resets": (Full(),),
 }
 
+_ONE = dispatch.Asked(torch.device("cpu"), torch.float32, 1, 1, heads=1, width=1536, d_state=16, gradients=True)
+LIBRARIES: dict[str, tuple[str, dispatch.Asked]] = {
+    "Mamba's scan by a library": ("selective_scan", _ONE),
+    "Mamba-2's dual by a library": ("ssd", _ONE._replace(heads=24, width=64, d_state=128)),
+}
+"""What installed libraries may carry out, at the sizes of the published 130m models, with gradients."""
+
 
 class Explained(NamedTuple):
     """One row of the table."""
@@ -55,6 +62,11 @@ def explain(device: str = "cpu", dtype: str = "float32", length: int = 8192) -> 
     on = resolve_device(device)
     like = torch.empty(0, device=on, dtype=DTYPES[dtype])
     rows = [_kernel(what, name, dispatch.explain_kernels(like)) for what, name in KERNELS.items()]
+    for what, (op, one) in LIBRARIES.items() if dispatch.on_gpu(on) else ():
+        for reset in (False, True):
+            asked = one._replace(device=on, dtype=DTYPES[dtype], length=length, reset=reset)
+            name = f"{what}, with resets" if reset else what
+            rows.append(Explained(name, *dispatch.explain_library(op, asked)))
     for what, patterns in ATTENTION.items():
         for n, memory in ((length, 0), (1, length)):
             choice = dispatch.explain_sparse_attention(n, memory, patterns, on, DTYPES[dtype])
