@@ -5,8 +5,8 @@
 The cases of ``check_kernels.py`` run on CPU tensors with every launch replaced by the compilation of what would be
 launched, arguments, widths and types as they are. What comes out of them is garbage and not looked at. For each kernel:
 registers per thread, bytes spilled to local memory (which lies in the GPU's main memory: none is best), and shared
-memory per program. Exits with 1 when something does not compile or needs more shared memory than a program may have. With ``--only`` the other kernels
-that ``--out`` holds stay in it.
+memory per program. Exits with 1 when something does not compile or needs more shared memory than a program may have.
+With ``--only`` the other kernels that ``--out`` holds stay in it.
 """
 
 from __future__ import annotations
