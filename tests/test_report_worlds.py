@@ -193,6 +193,15 @@ class TestNumbers:
         assert "No memory: chance, or the error of the mean picture." in found.note
         assert [row.name for row in table(face, DOORS).rows] == ["s5wm", "rssm", "mean picture"]
 
+    def test_where_every_world_has_another_leader_none_is_named(self, tmp_path: Path) -> None:
+        envs = {name: ENVS[name] for name in (MEMORY, DOORS)}
+        where = write_worlds(tmp_path, rows=("rssm", "s5wm"), envs=envs, skill={"rssm": 0.2, "s5wm": 0.9})
+        for path in (where / DOORS / "rssm").glob("*/results.json"):
+            results = json.loads(path.read_text())
+            results["metrics"]["generation_mse"] = 0.01
+            path.write_text(json.dumps(results))
+        assert answer(load_faceoff(where)) == ["In worlds, no backbone leads in more than 1 of 2."]
+
     def test_longer_and_rebuilt_have_tables_of_their_own(self, face: FaceOff) -> None:
         (longer,) = longer_tables(face)
         assert longer.group == f"{MEMORY}-longer"

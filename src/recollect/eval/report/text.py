@@ -253,6 +253,8 @@ def _leading(found: Mapping[str, Verdict]) -> str:
         return "none yet"
     most = max(wins.values())
     names = [name for name, n in wins.items() if n == most]
+    if most == 1 and len(names) > 1:
+        return f"no backbone leads in more than 1 of {len(found)}"
     verb = "leads or is level" if len(names) == 1 else "lead or are level"
     return f"{listed(names)} {verb} in {most} of {len(found)}"
 
