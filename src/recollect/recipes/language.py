@@ -28,7 +28,8 @@ ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-rec
 TASKS = (*ASKED, "joint-recall-dense")
 RESTATED = 24
 DRILLS = ("joint-recall-dense",)
-"""Short documents that answer many questions: on text that asks once a document the base learned to recall nothing."""
+"""Short documents that answer many questions: on text that asks once a document the base learned to recall nothing,
+and from tables of two to four codes it learns to in a third of the steps that larger ones take."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _documents(n_documents: int, short: MadeCorpus) -> MadeCorpus:
 
 def language_micro() -> FaceOff:
     """Two million parameters, two seeds: some hours on two cores."""
-    short = _drills(30_000, (200, 1200), prose=0.1)
+    short = _drills(40_000, (180, 480), prose=0.1)
     scale = Scale(
         d_model=256,
         n_layers=3,
@@ -139,7 +140,7 @@ def language_micro() -> FaceOff:
         long=MadeCorpus(80, (38_000, 40_000), prose=1.0, tokenizer_of=short, valid_share=0.5, seed=2),
         base_length=256,
         base_batch=16,
-        base_steps=2000,
+        base_steps=1400,
         base_lr=4e-3,
         steps=400,
         lr=2e-3,
@@ -153,7 +154,7 @@ def language_micro() -> FaceOff:
 
 def language_mini() -> FaceOff:
     """Twenty million parameters: a GPU's slices of some minutes a row, or days on two cores."""
-    short = _drills(100_000, (200, 2400), prose=0.2)
+    short = _drills(200_000, (180, 960), prose=0.2)
     scale = Scale(
         d_model=512,
         n_layers=10,
