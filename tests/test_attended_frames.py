@@ -73,7 +73,7 @@ def test_maps_are_the_weights_that_the_layer_computes_with() -> None:
     inner: list[torch.Tensor] = []
     attention: Any = model.dynamics.backbone.layers[1].attention  # pyright: ignore
     handle = attention.register_forward_hook(lambda _m, args, _y: inner.append(args[0]))
-    model.observe(Batch(*(part[:1] for part in batch)))
+    model.observe(batch.each(lambda part: part[:1]))
     handle.remove()
     inputs = attention.attention_inputs(inner[0])
     sets = [

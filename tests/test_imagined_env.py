@@ -60,7 +60,7 @@ def frames(store: EpisodeStore, episode: int, start: int, length: int) -> Batch:
 
 
 def stacked(parts: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return Batch(*(torch.cat(fields) for fields in zip(*(part.tensors for part in parts), strict=True)))
 
 
 def played(env: ImaginedEnv, steps: int, **reset: Any) -> tuple[Any, list[Any]]:

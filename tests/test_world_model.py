@@ -39,7 +39,7 @@ def episodes(n: int = 2, *, pixels: bool = False, seed: int = 0) -> Batch:
 
 
 def cut(batch: Batch, begin: int, stop: int) -> Batch:
-    return Batch(*(field[:, begin:stop] for field in batch))
+    return Batch(*(part[:, begin:stop] for part in batch.tensors))
 
 
 def single(batch: Batch) -> Batch:
@@ -103,7 +103,7 @@ class TestWorldModel:
 
     def test_episodes_packed_in_one_row_do_not_see_each_other(self, kind: str) -> None:
         model, batch = world_model(kind).eval(), episodes()
-        packed = Batch(*(torch.cat([field[:1], field[1:]], 1) for field in batch))
+        packed = Batch(*(torch.cat([part[:1], part[1:]], 1) for part in batch.tensors))
         torch.testing.assert_close(
             model.observe(packed).h.view_as(model.observe(batch).h), model.observe(batch).h, rtol=0, atol=1e-10
         )

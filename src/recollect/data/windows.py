@@ -111,3 +111,8 @@ def _one_hot(action: npt.NDArray[Any], is_first: npt.NDArray[np.bool_], n_action
     # Row n_actions of the table is the zero row of a first step.
     table = np.eye(n_actions + 1, n_actions, dtype=np.float32)
     return table[np.where(is_first, n_actions, action)]
+
+
+def unbroken(is_first: npt.NDArray[np.bool_]) -> bool:
+    """Whether every row of (B, T) begins with an episode's first step and holds no other one."""
+    return bool(is_first[:, 0].all() and not is_first[:, 1:].any())

@@ -40,7 +40,7 @@ def attended_frames(model: WorldModel, batch: Batch, context: int) -> Attended:
     length = batch.is_first.shape[1]
     if not isinstance(backbone, Backbone) or length > MAX_FRAMES or not context < length:
         return Attended()
-    tokens = _tokens(model, backbone, Batch(*(part[:1] for part in batch)))
+    tokens = _tokens(model, backbone, batch.each(lambda part: part[:1]))
     with captured(backbone) as found:
         backbone(tokens)
     if not found:

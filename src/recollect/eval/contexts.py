@@ -11,6 +11,7 @@ import torch
 
 from recollect.core.errors import ConfigError
 from recollect.data import EpisodeStore, Windows
+from recollect.data.windows import unbroken
 from recollect.models.world_model import Batch
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -33,7 +34,8 @@ class StoredContexts:
         windows = Windows(self.store, length, keys=self._keys)
         where = zip(episodes.tolist(), starts.tolist(), strict=True)
         arrays = windows.batch_at([windows.number(episode, start) for episode, start in where])
-        batch = Batch(*(torch.from_numpy(arrays[key]) for key in self._keys))
+        tensors = (torch.from_numpy(arrays[key]) for key in self._keys)
+        batch = Batch(*tensors, unbroken=unbroken(arrays["is_first"]))
         return batch if self.see is None else self.see(batch)
 
 
@@ -56,8 +58,8 @@ def together(contexts: Contexts, spans: Ints) -> Batch:
         if len(rows) == len(spans):
             return part
         if whole is None:
-            whole = Batch(*(field.new_zeros(len(spans), longest, *field.shape[2:]) for field in part))
-        for field, values in zip(whole, part, strict=True):
+            whole = part.each(lambda x: x.new_zeros(len(spans), longest, *x.shape[2:]))._replace(unbroken=False)
+        for field, values in zip(whole.tensors, part.tensors, strict=True):
             field[rows, longest - length :] = values
         whole.is_first[rows, longest - length] |= length < longest
     assert whole is not None

@@ -91,7 +91,7 @@ def dream(model: WorldModel, batch: Batch, context: int, generator: torch.Genera
     seen = model.observe(batch, generator=generator)
     rebuilt = picture(model.reconstruct(seen.h[:, 1:], seen.z[:, 1:]))
     frames = picture(batch.observation)
-    before = model.observe(Batch(*(field[:, :context] for field in batch)), generator=generator)
+    before = model.observe(batch.each(lambda part: part[:, :context]), generator=generator)
     ahead = model.imagine(before.state, batch.action[:, context:], generator=generator)
     imagined = picture(ahead.observation)
     scores = Scores(

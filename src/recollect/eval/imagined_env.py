@@ -26,7 +26,7 @@ from recollect.eval.contexts import Contexts, Ints, StoredContexts, together
 from recollect.eval.imagination import picture
 from recollect.models.dynamics import WorldState
 from recollect.models.vision import Tiles
-from recollect.models.world_model import Batch, WorldModel
+from recollect.models.world_model import WorldModel
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Flags: TypeAlias = npt.NDArray[np.bool_]
@@ -202,7 +202,7 @@ class ImaginedEnv(VectorEnv[Bytes, Ints, npt.NDArray[Any]]):
         """The states after contexts ``spans`` (n, 3), and their last frames. Equal contexts are observed once."""
         places: dict[tuple[int, ...], int] = {}
         index = [places.setdefault(tuple(span), len(places)) for span in spans.tolist()]
-        batch = Batch(*(field.to(self._device) for field in together(self._contexts, np.array(list(places)))))
+        batch = together(self._contexts, np.array(list(places))).each(lambda part: part.to(self._device))
         batch = batch._replace(action=batch.action.to(self._dtype), reward=batch.reward.to(self._dtype))
         state = self.model.observe(batch, generator=self._sampler).state
         frames = batch.observation[:, -1].cpu().numpy()[index]

@@ -48,13 +48,15 @@ class Observed(NamedTuple):
 
 class Frames(NamedTuple):
     """What the dynamics is told of T steps: features of what was seen (B, T, F), actions that led there (B, T, A),
-    first steps (B, T) bool, and uniform noise (B, T, groups, 1) to sample latents by (None: their mode).
+    first steps (B, T) bool, uniform noise (B, T, groups, 1) to sample latents by (None: their mode), and whether it is
+    known that every row has a first step where it begins and nowhere else.
     """
 
     features: Tensor
     action: Tensor
     is_first: Tensor
     noise: Tensor | None
+    unbroken: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,13 +61,19 @@ def draw(log_p: Tensor, u: Tensor | None) -> Tensor:
         return mode(log_p)
     p = log_p.exp()
     chosen = (p.detach().cumsum(-1) < u.to(p.dtype)).sum(-1).clamp(max=p.shape[-1] - 1)
-    one_hot = torch.nn.functional.one_hot(chosen, p.shape[-1]).to(p.dtype)
-    return (one_hot + p - p.detach()).flatten(-2)
+    return (_one_hot(chosen, p) + p - p.detach()).flatten(-2)
+
+
+def _one_hot(chosen: Tensor, like: Tensor) -> Tensor:
+    """Ones at ``chosen`` (...) of the last axis, zeros elsewhere, (..., classes) in the type of ``like``: without the
+    integers, twice as wide, that ``functional.one_hot`` makes on the way.
+    """
+    return torch.zeros_like(like).scatter_(-1, chosen[..., None], 1)
 
 
 def mode(log_p: Tensor) -> Tensor:
     """The most probable class of every group, one-hot (..., Z)."""
-    return torch.nn.functional.one_hot(log_p.argmax(-1), log_p.shape[-1]).to(log_p.dtype).flatten(-2)
+    return _one_hot(log_p.argmax(-1), log_p).flatten(-2)
 
 
 def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:

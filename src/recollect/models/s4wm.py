@@ -58,7 +58,7 @@ class S4WM(Dynamics):
         before = torch.zeros_like(z[:, :1]) if state is None else state.z[:, None]
         previous = torch.cat([before, z[:, :-1]], 1).masked_fill(frames.is_first[..., None], 0)
         tokens = self.token(torch.cat([previous, frames.action], -1))
-        restarts = state is not None or bool(frames.is_first[:, 1:].any())
+        restarts = state is not None or (not frames.unbroken and bool(frames.is_first[:, 1:].any()))
         out = self._remember(tokens, None if state is None else state.inner, frames.is_first if restarts else None)
         after = WorldState(out.state, z[:, -1], out.y[:, -1])
         return Observed(out.y, z, log_q, self.prior(out.y), after, out.aux)

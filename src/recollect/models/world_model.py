@@ -54,6 +54,24 @@ class Batch(NamedTuple):
     reward: Tensor  # (B, T)
     is_first: Tensor  # (B, T) bool
     is_terminal: Tensor  # (B, T) bool
+    unbroken: bool = False
+    """Known before it is on a device, which then need not be asked: every row begins with an episode's first step and
+    holds no other one. False: it may be otherwise."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """``change`` applied to every tensor; rows may come, go, and end sooner, not begin elsewhere."""
+        return Batch(*(change(part) for part in self.tensors), unbroken=self.unbroken)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, in order."""
+        return self.observation, self.action, self.reward, self.is_first, self.is_terminal
+
+    def counted(self, x: Tensor) -> Tensor:
+        """What stands at steps that carry loss, (N, ...) of x (B, T, ...): all but first ones. Where the batch may be
+        broken the host waits for the device to say how many they are.
+        """
+        return x[:, 1:].flatten(0, 1) if self.unbroken else x[~self.is_first]
 
 
 Policy = Callable[[Tensor, Tensor], Tensor]
@@ -126,24 +144,26 @@ class WorldModel(nn.Module):
         shape = batch.is_first.shape
         features = in_chunks(self._see, self.config.frames_at_once, batch.observation.flatten(0, 1))
         noise = latent.noise((shape[0], shape[1]), self.config.dynamics.latent, generator, features.device)
-        return self.dynamics.observe(Frames(features.unflatten(0, shape), batch.action, batch.is_first, noise), state)
+        return self.dynamics.observe(
+            Frames(features.unflatten(0, shape), batch.action, batch.is_first, noise, batch.unbroken), state
+        )
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative evidence bound per counted frame, and its parts, detached. Only counted frames are decoded."""
         c = self.config
         seen = self.observe(batch, generator=generator)
-        counted = ~batch.is_first
-        features = torch.cat([seen.h, seen.z], -1)[counted]
-        image = in_chunks(self._image_loss, c.frames_at_once, features, batch.observation[counted]).mean()
-        kl = latent.kl_divergence(seen.log_q, seen.log_p)[counted].mean()
-        balanced = latent.balanced_kl(seen.log_q, seen.log_p, c.kl_balance, c.free_nats)[counted].mean()
+        counted = batch.counted
+        features = counted(torch.cat([seen.h, seen.z], -1))
+        image = in_chunks(self._image_loss, c.frames_at_once, features, counted(batch.observation)).mean()
+        kl = counted(latent.kl_divergence(seen.log_q, seen.log_p)).mean()
+        balanced = counted(latent.balanced_kl(seen.log_q, seen.log_p, c.kl_balance, c.free_nats)).mean()
         total = image + c.kl_weight * balanced
         metrics = {"image": image, "kl": kl, **seen.aux}
         if c.reward_weight:
-            metrics["reward"] = _cross_entropy(self.reward_head, features, batch.reward[counted])
+            metrics["reward"] = _cross_entropy(self.reward_head, features, counted(batch.reward))
             total = total + c.reward_weight * metrics["reward"]
         if c.continue_weight:
-            goes_on = (~batch.is_terminal[counted]).to(features.dtype)
+            goes_on = (~counted(batch.is_terminal)).to(features.dtype)
             metrics["continue"] = _cross_entropy(self.continue_head, features, goes_on)
             total = total + c.continue_weight * metrics["continue"]
         for value in seen.aux.values():

@@ -124,7 +124,8 @@ def causal_attention(
             k, v = (t if groups == heads else t.repeat_interleave(heads // groups, 1) for t in (k, v))
             y_BHLP = F.scaled_dot_product_attention(q_BHLN, k, v, attn_mask=seen, is_causal=seen is None, scale=scale)
         else:
-            y_BHLP = _in_blocks(q_BHLN * scale, k, v, position_BL, n_memory, window, offsets)
+            fresh = not resets and not n_memory
+            y_BHLP = _in_blocks(q_BHLN * scale, k, v, position_BL, n_memory, window, offsets, fresh=fresh)
     y = y_BHLP.transpose(1, 2).to(v_BLGP.dtype)
     return y, _remember(k_BGSN, v_BGSP, position_BL, window, resets)
 
@@ -137,6 +138,8 @@ def _in_blocks(
     n_memory: int,
     window: int | None,
     offsets: Offsets | None,
+    *,
+    fresh: bool,
 ) -> Tensor:
     batch, heads, length, _ = q_BHLN.shape
     sources = n_memory + length
@@ -151,10 +154,26 @@ def _in_blocks(
         r_HWN = offsets.r_HWN[:, :reach].flip(1).to(q_BHLN.dtype)
     back_BL = position_BL.clamp(max=reach - 1)
     q_RJLN = q_BHLN.reshape(batch * k_BGSN.shape[1], -1, length, q_BHLN.shape[-1])
+    plain = _plain(back_BL, n_memory, reach, fresh=fresh)
     y_RJLP: Tensor = _Blocks.apply(  # pyright: ignore[reportAssignmentType]
-        q_RJLN, k_BGSN.flatten(0, 1), v_BGSP.flatten(0, 1), p_BHLN, r_HWN, back_BL, n_memory, reach
+        q_RJLN, k_BGSN.flatten(0, 1), v_BGSP.flatten(0, 1), p_BHLN, r_HWN, back_BL, n_memory, reach, plain
     )
     return y_RJLP.view(batch, heads, length, -1)
+
+
+def _plain(back_BL: Tensor, n_memory: int, reach: int, *, fresh: bool) -> tuple[bool, ...]:
+    """For every block whether its queries, in all rows, see all that lies within ``reach``: their mask is then one of
+    few. Of ``fresh`` sequences, which all begin where they begin, the host knows; else it waits for the device.
+    """
+    length, size = back_BL.shape[1], dispatch.causal_attention_block(back_BL.device, reach)
+    begins = range(0, length, size)
+    if torch.compiler.is_compiling():  # what is compiled cannot follow from the data: every block gets its own mask
+        return (False,) * len(begins)
+    if fresh:
+        return tuple(not n_memory or begin >= reach - 1 for begin in begins)
+    at = torch.arange(n_memory, n_memory + length, device=back_BL.device)
+    plain_L = (back_BL == at.clamp(max=reach - 1)).all(0).cpu()
+    return tuple(bool(part.all()) for part in plain_L.split(size))
 
 
 def _remember(k: Tensor, v: Tensor, position_BL: Tensor, window: int | None, resets: bool) -> KeyMemory:
@@ -191,15 +210,16 @@ class _Blocks(torch.autograd.Function):
         back_BL: Tensor,
         n_memory: int,
         reach: int,
+        plain: tuple[bool, ...],
     ) -> Tensor:
-        walk = _Walk(q_RJLN, k_RSN, p_BHLN, r_HWN, back_BL, n_memory, reach)
+        walk = _Walk(q_RJLN, k_RSN, p_BHLN, r_HWN, back_BL, n_memory, reach, plain)
         y_RJLP = q_RJLN.new_empty(*q_RJLN.shape[:3], v_RSP.shape[2])
         for begin, end, low, high in walk.blocks():
             weights, _ = walk.weights(begin, end, low, high)
             values = torch.bmm(weights, v_RSP[:, low:high])
             y_RJLP[:, :, begin:end] = values.view(*q_RJLN.shape[:2], end - begin, -1)
         ctx.save_for_backward(q_RJLN, k_RSN, v_RSP, p_BHLN, r_HWN, back_BL, y_RJLP)
-        ctx.sizes = (n_memory, reach)
+        ctx.sizes = (n_memory, reach, plain)
         return y_RJLP
 
     @staticmethod
@@ -225,7 +245,7 @@ class _Blocks(torch.autograd.Function):
             dq[:, :, begin:end] = torch.bmm(dlogits, k_RSN[:, low:high]).view_as(dq[:, :, begin:end])
             if dp is not None and dr is not None:
                 walk.position_gradients(dlogits, begin, end, dp, dr)
-        return dq, dk, dv, dp, dr, None, None, None
+        return dq, dk, dv, dp, dr, None, None, None, None
 
 
 class _Walk:
@@ -240,16 +260,11 @@ class _Walk:
         back_BL: Tensor,
         n_memory: int,
         reach: int,
+        plain: tuple[bool, ...],
     ) -> None:
         self.q, self.k, self.p, self.r = q_RJLN, k_RSN, p_BHLN, r_HWN
-        self.back, self.n_memory, self.reach = back_BL, n_memory, reach
+        self.back, self.n_memory, self.reach, self.plain = back_BL, n_memory, reach, plain
         self.size = dispatch.causal_attention_block(q_RJLN.device, reach)
-        at = torch.arange(n_memory, n_memory + back_BL.shape[1], device=back_BL.device)
-        if torch.compiler.is_compiling():  # what is compiled cannot follow from the data: every block gets its own mask
-            self.plain = [False] * -(-back_BL.shape[1] // self.size)
-        else:
-            plain_L = (back_BL == at.clamp(max=reach - 1)).all(0).cpu()
-            self.plain = [bool(part.all()) for part in plain_L.split(self.size)]
         self.mask_of: tuple[int, int, int] | None = None
         self.mask = q_RJLN.new_empty(0)
 

@@ -19,6 +19,7 @@ from recollect.core.errors import ConfigError
 from recollect.core.files import locked
 from recollect.core.seeding import Streams
 from recollect.data import EpisodeStore, Windows, collect
+from recollect.data.windows import unbroken
 from recollect.data.writer import SCHEMA
 from recollect.envs.base import EnvConfig, Frames
 from recollect.envs.tiles import TILE_PIXELS
@@ -250,7 +251,8 @@ class World(Problem):
 
     def _aligned(self, arrays: Frames, device: torch.device) -> Batch:
         keys = (self.config.env.observation, *KEYS)
-        return Batch(*(torch.from_numpy(arrays[key]).to(device) for key in keys))
+        tensors = (torch.from_numpy(arrays[key]).to(device) for key in keys)
+        return Batch(*tensors, unbroken=unbroken(arrays["is_first"]))
 
     def _windows(self, split: str, env: EnvConfig | None = None, *, probed: bool = False) -> Windows:
         env = env or self.config.env

@@ -160,6 +160,7 @@ def episodes(config: WorldModel.Config, batch: int, length: int, device: torch.d
         torch.randint(2, shape, device=device).float(),
         is_first,
         torch.zeros_like(is_first),
+        unbroken=True,
     )
 
 
@@ -187,7 +188,7 @@ def measure(
 
     def train(steps: int = length) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss, _ = model.loss(Batch(*(part[:, :steps] for part in whole)), generator)
+        loss, _ = model.loss(whole.each(lambda part: part[:, :steps]), generator)
         loss.backward()
         optimizer.step()
 
