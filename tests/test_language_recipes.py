@@ -41,8 +41,9 @@ def test_two_rows_train_are_asked_and_reported(tmp_path: Path, monkeypatch: pyte
         found[run.row] = results["metrics"]
         assert results["details"]["suite"]["averages"]
     assert set(found["none"]) == set(found["HAX"]) >= {"loss", "loss_256", "needle-noise_256"}
-    # Closed gates: both are the base until the branch has learned to matter.
-    assert found["HAX"]["loss"] == pytest.approx(found["none"]["loss"], abs=0.05)
+    # Both go on from the base; attention's gates are open from the start.
+    assert found["HAX"]["loss"] == pytest.approx(found["none"]["loss"], abs=0.5)
+    assert found["HAX"]["loss"] != found["none"]["loss"]
     bases = [path for path in (tmp_path / "data").glob("model-*") if path.is_dir()]
     assert len(bases) == 1, "the base is trained once"
     from recollect.core.config import to_dict

@@ -19,9 +19,10 @@ from recollect.train.run import FaceOff, RunConfig, TrainConfig
 
 ROWS: dict[str, Beside | None] = {
     "none": None,
-    **{pattern: Beside(128, pattern) for pattern in PATTERNS},
+    **{pattern: Beside(128, pattern, gate=1.0) for pattern in PATTERNS},
     "recommended": Beside(32, "recommended", gate=1.0),
 }
+"""With open gates, as published: from closed ones they move by 0.02 in 250 steps, and every row stays the first."""
 
 ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
 """Tasks of the suite ``words``."""
