@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from asked import Asked
 from recollect.models import chunked_loss
 from recollect.models.backbone import Backbone
 from recollect.models.chunked_loss import chunked_cross_entropy, counting, masked_cross_entropy
@@ -82,6 +83,29 @@ def test_under_autocast_products_are_bf16_and_sums_float32() -> None:
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("outside", [0, -100])
+def test_all_positions_or_the_masked_ones_make_the_same_means(outside: int) -> None:
+    h, weight, labels, mask = example()
+    labels = labels.masked_fill(~mask, outside)
+    found = {select: masked_cross_entropy(h, weight, labels, mask, select=select) for select in (True, False)}
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0, check_dtype=False)
+    gradients = [torch.autograd.grad(loss, (h, weight)) for loss, _ in found.values()]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    assert gradients[1][0][~mask].eq(0).all()
+
+
+def test_all_positions_ask_for_no_number() -> None:
+    h, weight, labels, mask = example()
+    with Asked() as asked:
+        masked_cross_entropy(h, weight, labels, mask, select=False)[0].backward()
+    assert asked.names == []
+    with Asked() as asked:
+        masked_cross_entropy(h, weight, labels, mask)
+    assert asked.names, "on a CPU the masked ones are taken"
+
+
 def test_nothing_masked_is_no_mean_but_no_part_of_one_either() -> None:
     h, weight, labels, mask = example()
     nothing = torch.zeros_like(mask)
@@ -89,6 +113,11 @@ def test_nothing_masked_is_no_mean_but_no_part_of_one_either() -> None:
     assert masked_cross_entropy(h, weight, labels, nothing)[0].isnan()
     with counting(0.0):
         loss, accuracy = masked_cross_entropy(h, weight, labels, nothing)
+    assert (loss.item(), accuracy.item()) == (0.0, 0.0)
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (h, weight)))
+    assert masked_cross_entropy(h, weight, labels, nothing, select=False)[0].isnan()
+    with counting(0.0):
+        loss, accuracy = masked_cross_entropy(h, weight, labels, nothing, select=False)
     assert (loss.item(), accuracy.item()) == (0.0, 0.0)
     assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (h, weight)))
 

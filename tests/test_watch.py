@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from asked import Asked
 from recollect.core.errors import RunError
 from recollect.core.seeding import Streams
 from recollect.train import checkpoint as ckpt
@@ -75,17 +75,6 @@ def test_when_it_looks_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Reads(TorchDispatchMode):
-    """Counts the numbers that the host reads from a tensor: on a GPU, each waits for all work before it."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 class Quiet(Toy):
     """A loss that reads no number itself."""
 
@@ -101,10 +90,10 @@ class Quiet(Toy):
 def test_steps_that_write_nothing_read_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ToyConfig, "build", lambda config: Quiet(config))  # noqa: PLW0108 a class would not be bound
     counts: list[int] = []
-    with Reads() as reads:
+    with Asked() as asked:
 
         def stop() -> bool:
-            counts.append(reads.count)
+            counts.append(len(asked.names))
             return False
 
         train(toy_run(log_every=10, eval_every=0, checkpoint_every=99), tmp_path, stop=stop)

@@ -38,16 +38,26 @@ def counting(weight: float | None) -> Generator[None]:
         _weight.reset(token)
 
 
-def masked_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def masked_cross_entropy(
+    h: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, select: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the logits h W^T over the positions where ``mask`` is true, and the share of them that is
     right, for h (..., D), W (V, D), labels and mask (...).
 
-    With more than ``WHOLE`` logits, in chunks. NaN where nothing is masked, as any mean of nothing; but 0 in a part
-    of a batch (``counting``).
+    ``select``: make logits of these positions only. The host must then learn how many they are, and waits for a GPU;
+    None therefore makes those of all positions there, while they are no more than ``WHOLE`` numbers. Above that,
+    logits are made in chunks. NaN where nothing is masked, as any mean of nothing; but 0 in a part of a batch
+    (``counting``).
     """
     part = _weight.get()
+    n_words = weight.shape[0]
+    if select is None:
+        select = h.device.type == "cpu" or mask.numel() * n_words > WHOLE
+    if not select:
+        loss, accuracy = _among_all(h, weight, labels, mask, empty=part is not None)
+        return (loss, accuracy) if part is None else (loss * part, accuracy * part)
     h, wanted = h[mask], labels[mask]
-    n, n_words = h.shape[0], weight.shape[0]
+    n = h.shape[0]
     if n * n_words > WHOLE:
         loss, n_right = _chunked(h, weight, wanted, max(1, WHOLE // n_words))
         accuracy = n_right / n
@@ -58,6 +68,17 @@ def masked_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, mask: Tensor
         logits = F.linear(h, weight)
         loss, accuracy = F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean()
     return (loss, accuracy) if part is None else (loss * part, accuracy * part)
+
+
+def _among_all(h: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, empty: bool) -> tuple[Tensor, Tensor]:
+    """Both means from the logits of all positions; where nothing is masked NaN, or 0 if that may be (``empty``)."""
+    counted, n = mask.flatten(), mask.sum()
+    wanted = labels.flatten().masked_fill(~counted, 0)
+    logits = F.linear(h.flatten(0, -2), weight)
+    each = F.cross_entropy(logits, wanted, reduction="none").masked_fill(~counted, 0)
+    n_right = ((logits.argmax(-1) == wanted) & counted).sum()
+    n = n.clamp(min=1) if empty else n
+    return each.sum() / n, n_right / n
 
 
 def chunked_cross_entropy(

@@ -24,13 +24,14 @@ ROWS: dict[str, Beside | None] = {
 }
 """With open gates, as published: from closed ones they move by 0.02 in 250 steps, and every row stays the first."""
 
-ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-spread")
-"""Tasks of the suite ``words``."""
-TASKS = (*ASKED, "joint-recall-dense")
-RESTATED = 24
+ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-dense")
+"""Tasks of the suite ``words`` that all are asked."""
 DRILLS = ("joint-recall-dense",)
-"""Short documents that answer many questions: on text that asks once a document the base learned to recall nothing,
-and from tables of two to four codes it learns to in a third of the steps that larger ones take."""
+"""Documents that answer many questions. On text that asks once a document the base learned to recall nothing; from
+short ones, tables of two to four codes, it learns to in a third of the steps that larger ones take.
+"""
+TASKS = (*ASKED, "joint-recall-spread", *DRILLS * 4)
+"""What the rows go on with: half of it drills, as the others answer a few questions in a thousand tokens."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ class Scale:
 
 def _drills(n_documents: int, lengths: tuple[int, int], prose: float) -> MadeCorpus:
     """What a base reads."""
-    return MadeCorpus(
-        n_documents, lengths, prose=prose, suite="words", tasks=DRILLS, n_restated=RESTATED, vocab_size=4096
-    )
+    return MadeCorpus(n_documents, lengths, prose=prose, suite="words", tasks=DRILLS, n_restated=24, vocab_size=4096)
 
 
 def _documents(n_documents: int, short: MadeCorpus) -> MadeCorpus:
@@ -121,10 +120,10 @@ def _documents(n_documents: int, short: MadeCorpus) -> MadeCorpus:
     return MadeCorpus(
         n_documents,
         (1500, 8000),
-        prose=0.2,
+        prose=0.1,
         suite="words",
         tasks=TASKS,
-        n_restated=RESTATED,
+        n_restated=200,
         tokenizer_of=short,
         seed=1,
     )

@@ -35,7 +35,7 @@ class MadeCorpus(Config, kind="made-corpus"):
     """The share that solves no task."""
     suite: str = "tiny"
     tasks: tuple[str, ...] = ()
-    """Of the suite; empty: all of it."""
+    """Of the suite; empty: all of it. One named twice is drawn twice as often."""
     n_restated: int = 8
     """At most so many other questions are answered before a document's own: what a token of text teaches of recall."""
     vocab_size: int = 0
@@ -87,7 +87,13 @@ class MadeCorpus(Config, kind="made-corpus"):
         lines: list[str] = []
         with counting(f"{self.folder}: documents") as show:
             documents = corpus(
-                self.seed, self.n_documents, tasks, length=self.lengths, prose=self.prose, n_restated=self.n_restated
+                self.seed,
+                self.n_documents,
+                tasks,
+                length=self.lengths,
+                prose=self.prose,
+                n_restated=self.n_restated,
+                drawn=self.tasks,
             )
             for i, document in enumerate(documents, 1):
                 lines.append(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")

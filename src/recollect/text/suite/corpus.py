@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 from typing import Literal
@@ -53,13 +53,15 @@ def corpus(
     length: tuple[int, int] = (512, 4096),
     prose: float = 0.5,
     n_restated: int = 8,
+    drawn: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
     part: Part = "train",
 ) -> Iterator[Document]:
     """Documents one by one, each addressed by (seed, part, number): any number of them may be drawn again.
 
     A share ``prose`` of them is prose; the others solve one of ``tasks`` at a random depth, and where other things were
-    told that could be asked, up to ``n_restated`` of them are answered before. Lengths are log-uniform between the two
+    told that could be asked, up to ``n_restated`` of them are answered before. Tasks are equally likely, or those named
+    in ``drawn`` are: one named twice, twice as likely. Lengths are log-uniform between the two
     ends of ``length``, in tokens (bytes without a tokenizer; prose counts characters as bytes).
 
     Raises ConfigError for empty tasks, a share outside [0, 1], or a shortest length that a task does not fit.
@@ -71,7 +73,7 @@ def corpus(
         raise ConfigError(
             f"corpus: length is a range (low, high) and n_restated at least 0, got {length}, {n_restated}"
         )
-    names = list(tasks)
+    names = list(drawn or tasks)
     for i in range(n_documents):
         rng = Streams(seed).numpy("data", "long-context", part, i)
         size = int(exp(rng.uniform(log(low), log(high + 1))))
