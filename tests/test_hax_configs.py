@@ -17,6 +17,7 @@ from recollect.layers import LAYERS
 from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
+from recollect.layers.mamba import Mamba
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
@@ -148,6 +149,7 @@ def test_options_pass_through_hax_and_can_be_overridden() -> None:
 
 
 WINDOW = (Window(4),)
+DUAL = Mamba.Config(8, d_state=4)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,15 @@ WINDOW = (Window(4),)
         (lambda: sparse(n_heads=0), "sparse: n_heads must be at least 1"),
         (lambda: sparse(n_heads=3), "d_model 8 is not divisible by n_heads 3"),
         (lambda: sparse(qk="share"), r"sparse: qk 'share' is unknown; did you mean 'shared'\?"),
+        (lambda: sparse(qk="dual"), "sparse: qk=dual takes the queries and keys of a mixer; use it within hax"),
+        (lambda: sparse(d_read=8), "qk=separate reads 4 numbers for queries"),
+        (
+            lambda: HAX.Config(8, qk="dual", mixer=S5.Config(8)),
+            "qk=dual needs arrangement=parallel and a mixer with queries",
+        ),
+        (lambda: HAX.Config(8, mixer=DUAL, qk="dual", arrangement="sequence"), "qk=dual needs arrangement=parallel"),
+        (lambda: HAX.Config(8, qk="dual", mixer=DUAL, d_key=3), r"n_heads \* d_key must be that, got 1 \* 3"),
+        (lambda: HAX.Config(8, qk="dual", mixer=DUAL, d_key=4, init_std=0.1), "qk=dual starts as the identity"),
         (lambda: sparse(normalise="l1"), r"sparse: normalise 'l1' is unknown; did you mean 'l2'\?"),
         (lambda: sparse(planes="learnt"), r"sparse: planes 'learnt' is unknown; did you mean 'learned'\?"),
         (lambda: sparse(selection="gates"), r"sparse: selection 'gates' is unknown; did you mean 'gate'\?"),

@@ -129,6 +129,41 @@ def test_queries_and_keys_begin_as_the_mixers_own(family: str, folder: Path, tmp
     torch.testing.assert_close(keys, B, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_dual_branch_reads_the_mixers_own_and_can_be_closed(folder: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(1, VOCAB, (1, 40))
+    convert(folder, tmp_path / "plain")
+    convert(folder, tmp_path / "dual", hax=Beside(8, dual=True))
+    assert torch.equal(logits(tmp_path / "dual", tokens), logits(tmp_path / "plain", tokens))
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dual").eval()
+    mixer = model.backbone.layers[1].mixer
+    seen: list[torch.Tensor] = []
+    own: list[tuple[torch.Tensor, ...]] = []
+    mixer.attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mixer.mixer.forward = _telling(mixer.mixer.forward, own)
+    model(tokens)
+    (u, (C, B)), x = own[0], seen[0]
+    assert torch.equal(x, torch.cat([u, C, B], -1))
+    found = mixer.attention.attention_inputs(x)
+    for mine, theirs in ((found.q_BLHN, C), (found.k_BLHN, B)):
+        direction = mine.squeeze(2) / mine.squeeze(2).norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(direction, theirs / theirs.norm(dim=-1, keepdim=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.q_BLHN.norm(dim=-1), torch.full(found.q_BLHN.shape[:3], 10.0))
+
+
+def _telling(forward: Any, own: list[Any]) -> Any:
+    """The same forward, which notes what its branch is called with."""
+
+    def told(*args: Any, branch: Any, **kwargs: Any) -> Any:
+        def noting(u: torch.Tensor, dual: Any = None) -> torch.Tensor:
+            own.append((u, dual))
+            return branch(u, dual)
+
+        return forward(*args, branch=noting, **kwargs)
+
+    return told
+
+
 @pytest.mark.parametrize("joined", [True, False])
 def test_exported_again_transformers_reads_the_same_model(
     family: str, folder: Path, joined: bool, tmp_path: Path, tokens: torch.Tensor

@@ -241,6 +241,7 @@ def test_writing_through_a_recorded_step_is_the_same_writing(hax_model: Path, mo
     [
         (["convert", "nowhere", "--out", "x"], "not a folder with a checkpoint"),
         (["convert", "nowhere", "--out", "x", "--hax", "keys=3"], "give k=N"),
+        (["convert", "nowhere", "--out", "x", "--hax", "dual=1"], "'1' is not true or false"),
         (["train", "--data", "nowhere", "--out", "x"], "nowhere"),
         (["eval", "nowhere", "--out", "x"], "nowhere"),
         (["eval", "nowhere", "--suite", "short", "--out", "x"], "nowhere"),

@@ -24,9 +24,9 @@ Padding is the caller's business, through losses that know a ``mask``. Several s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,11 @@ class BranchedConfig(LayerConfig):
     def inner(self) -> int:
         """Width E of the inner activations; ``d_model`` unless the mixer expands."""
         return self.d_model
+
+    @property
+    def dual(self) -> int:
+        """Width of the queries, and of the keys, that the core has itself and shows a ``Branch``; 0: it has none."""
+        return 0
 
 
 LAYER_CLASSES: dict[type[LayerConfig], type[SequenceLayer]] = {}
@@ -138,8 +143,14 @@ def _refuse_float16_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             refuse_float16(torch.get_autocast_dtype(x.device.type), x.device, f"{type(layer).__name__} under autocast")
 
 
-Branch = Callable[[Tensor], Tensor]
-"""From a mixer's inner activations u, (B, L, E) or (B, E), to what is added to its core's output, of the same shape."""
+class Branch(Protocol):
+    """From a mixer's inner activations u, (B, L, E) or (B, E), to what is added to its core's output, as large.
+
+    ``dual``: the core's own queries and keys, (B, L, D) or (B, D) each, D being ``BranchedConfig.dual`` of its config:
+    C and B of a selective state-space model, whose sums over C_i . B_j are attention's dual (arXiv 2405.21060).
+    """
+
+    def __call__(self, u: Tensor, dual: tuple[Tensor, Tensor] | None = None) -> Tensor: ...
 
 
 class BranchedLayer(SequenceLayer):

@@ -279,15 +279,28 @@ def _umask() -> int:
 
 
 def parse_hax(assignments: Iterable[str]) -> Beside:
-    """``k=128``, ``pattern=SW+D``, ``gate=0``, ``planes=fixed`` as options. ConfigError for anything else."""
-    names = {"k": "n_keys", "n_keys": "n_keys", "pattern": "pattern", "gate": "gate", "planes": "planes"}
+    """``k=128``, ``pattern=SW+D``, ``gate=0``, ``planes=fixed``, ``dual=true``. ConfigError for anything else."""
+    names = {
+        "k": "n_keys",
+        "n_keys": "n_keys",
+        "pattern": "pattern",
+        "gate": "gate",
+        "planes": "planes",
+        "dual": "dual",
+    }
+    kinds: dict[str, Callable[[str], Any]] = {"n_keys": int, "gate": float, "dual": _truth}
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
         if name not in names or not text:
-            raise ConfigError(f"--hax {assignment}: give k=N, pattern=NAME, gate=X or planes=fixed|redrawn")
+            raise ConfigError(f"--hax {assignment}: give k=N, pattern=NAME, gate=X, planes=fixed|redrawn or dual=true")
         try:
-            values[names[name]] = {"n_keys": int, "gate": float}.get(names[name], str)(text)
-        except ValueError:
-            raise ConfigError(f"--hax {assignment}: '{text}' is not a number") from None
+            values[names[name]] = kinds.get(names[name], str)(text)
+        except (ValueError, KeyError):
+            wanted = "true or false" if name == "dual" else "a number"
+            raise ConfigError(f"--hax {assignment}: '{text}' is not {wanted}") from None
     return Beside(**values)
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text]

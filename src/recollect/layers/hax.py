@@ -14,11 +14,14 @@ from recollect.core.layer import BranchedConfig, BranchedLayer, LayerConfig, Lay
 from recollect.core.types import Aux, State
 from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
+from recollect.layers.mamba import Mamba
 from recollect.layers.mamba2 import Mamba2
 from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
 from recollect.layers.sparse_options import SparseOptions
 from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, published_pattern
+
+Dual = tuple[Tensor, Tensor]
 
 
 class HAX(SequenceLayer):
@@ -58,14 +61,20 @@ class HAX(SequenceLayer):
                 raise ConfigError(
                     f"{self.kind}: {self.mixer.kind} has no inner activations to branch from; use arrangement=sequence"
                 )
+            if self.qk == "dual" and not (self.arrangement == "parallel" and getattr(self.mixer, "dual", 0)):
+                raise ConfigError(
+                    f"{self.kind}: qk=dual needs arrangement=parallel and a mixer with queries and keys of its own, "
+                    f"mamba or mamba2, not {self.mixer.kind}"
+                )
             _ = self.attention  # raises the attention's own ConfigErrors now rather than at build
 
         @property
         def attention(self) -> SparseAttention.Config:
             """The sparse attention that joins the mixer."""
-            parallel = self.arrangement == "parallel"
-            width = self.mixer.inner if parallel and isinstance(self.mixer, BranchedConfig) else self.d_model
-            return SparseAttention.Config(width, project=not parallel, **self.options())
+            if self.arrangement == "parallel" and isinstance(self.mixer, BranchedConfig):
+                read = 2 * self.mixer.dual if self.qk == "dual" else 0
+                return SparseAttention.Config(self.mixer.inner, project=False, d_read=read, **self.options())
+            return SparseAttention.Config(self.d_model, **self.options())
 
         @classmethod
         def published(cls, d_model: int, mixer: LayerConfig | None = None, n_keys: int = 64) -> Self:
@@ -150,6 +159,20 @@ class HAX(SequenceLayer):
                 "mamba2-full": cls(8, mixer=Mamba2.Config.tiny(), patterns=(Full(),), d_key=4),
                 "s5-fixed-heads": cls(8, mixer=S5.Config.tiny(), patterns=fixed, d_key=4, n_heads=2),
                 "gru-hax": cls(8, mixer=GRU.Config.tiny(), patterns=hax, d_key=4),
+                "mamba-dual": cls(
+                    8, mixer=Mamba.Config.tiny(), patterns=hax, d_key=Mamba.Config.tiny().dual, qk="dual"
+                ),
+                "mamba2-dual": cls(
+                    6,
+                    mixer=Mamba2.Config(6, d_state=4, d_head=3, n_groups=2),
+                    patterns=hax,
+                    d_key=4,
+                    n_heads=2,
+                    qk="dual",
+                    normalise="l2",
+                    learn_scale=True,
+                    planes="projected",
+                ),
                 "s5-options": cls(
                     8,
                     mixer=S5.Config.tiny(),
@@ -198,8 +221,8 @@ class HAX(SequenceLayer):
         if isinstance(self.mixer, BranchedLayer) and self.config.arrangement == "parallel":
             joined: list[LayerOut] = []
 
-            def branch(u: Tensor) -> Tensor:
-                joined.append(self.attention(u, before[1], reset=reset))
+            def branch(u: Tensor, dual: Dual | None = None) -> Tensor:
+                joined.append(self.attention(self._read(u, dual), before[1], reset=reset))
                 return joined[0].y * self.gate
 
             mixed = self.mixer(x, before[0], reset=reset, branch=branch)
@@ -215,8 +238,8 @@ class HAX(SequenceLayer):
         if isinstance(self.mixer, BranchedLayer) and self.config.arrangement == "parallel":
             joined: list[SparseAttention.State] = []
 
-            def branch(u: Tensor) -> Tensor:
-                attended, after = self.attention.step(u, state.attention, reset=reset)
+            def branch(u: Tensor, dual: Dual | None = None) -> Tensor:
+                attended, after = self.attention.step(self._read(u, dual), state.attention, reset=reset)
                 joined.append(after)
                 return attended * self.gate
 
@@ -225,6 +248,13 @@ class HAX(SequenceLayer):
         mixed, mixer = self.mixer.step(x, state.mixer, reset=reset)
         attended, attention = self.attention.step(mixed, state.attention, reset=reset)
         return mixed + attended * self.gate, self.State(mixer, attention)
+
+    def _read(self, u: Tensor, dual: Dual | None) -> Tensor:
+        """What the attention is given: u, and with ``qk="dual"`` the mixer's queries and keys after it."""
+        if self.config.qk != "dual":
+            return u
+        assert dual is not None
+        return torch.cat([u, *dual], -1)
 
 
 def _arrangement(mixer: LayerConfig) -> Literal["parallel", "sequence"]:

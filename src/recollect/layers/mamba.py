@@ -78,6 +78,10 @@ class Mamba(BranchedLayer):
             return self.d_inner
 
         @property
+        def dual(self) -> int:
+            return self.d_state
+
+        @property
         def d_inner(self) -> int:
             """Width of the inner activations, E."""
             return self.expand * self.d_model
@@ -151,7 +155,7 @@ class Mamba(BranchedLayer):
         y_BLE, ssm = selective_scan(
             u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, self.D, h_init=h_init, reset=reset, softplus=True
         )
-        return LayerOut(self._emit(y_BLE, u_BLE, z_BLE, branch), MambaState(window, ssm), {})
+        return LayerOut(self._emit(y_BLE, u_BLE, z_BLE, (C_BLN, B_BLN), branch), MambaState(window, ssm), {})
 
     def step(
         self, x: Tensor, state: MambaState, *, reset: Tensor | None = None, branch: Branch | None = None
@@ -162,7 +166,7 @@ class Mamba(BranchedLayer):
         u_BE, z_BE, dt_BE, B_BN, C_BN = (t.squeeze(1) for t in activations)
         A_EN = -torch.exp(self.A_log.to(state.ssm.dtype))
         y_BE, ssm = selective_step(u_BE, dt_BE, A_EN, B_BN, C_BN, self.D, state.ssm, softplus=True)
-        return self._emit(y_BE, u_BE, z_BE, branch), MambaState(window, ssm)
+        return self._emit(y_BE, u_BE, z_BE, (C_BN, B_BN), branch), MambaState(window, ssm)
 
     def _inputs(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
         """u, z, dt before its softplus, B, C and the convolution's next window."""
@@ -180,8 +184,8 @@ class Mamba(BranchedLayer):
             dt = F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias
         return u, z, dt, B, C, window
 
-    def _emit(self, y: Tensor, u: Tensor, z: Tensor, branch: Branch | None) -> Tensor:
+    def _emit(self, y: Tensor, u: Tensor, z: Tensor, dual: tuple[Tensor, Tensor], branch: Branch | None) -> Tensor:
         y = y.to(u.dtype)
         if branch is not None:
-            y = y + branch(u)
+            y = y + branch(u, dual)
         return self.out_proj(gated(y, z))

@@ -79,6 +79,10 @@ class Mamba2(BranchedLayer):
             return self.d_inner
 
         @property
+        def dual(self) -> int:
+            return self.n_groups * self.d_state
+
+        @property
         def d_inner(self) -> int:
             """Width of the inner activations, E."""
             return self.expand * self.d_model
@@ -155,7 +159,8 @@ class Mamba2(BranchedLayer):
             reset=reset,
             chunk_size=config.chunk_size,
         )
-        return LayerOut(self._emit(y_BLHP, u_BLE, z_BLE, branch), Mamba2State(window, ssm), {})
+        dual = C_BLGN.flatten(-2), B_BLGN.flatten(-2)
+        return LayerOut(self._emit(y_BLHP, u_BLE, z_BLE, dual, branch), Mamba2State(window, ssm), {})
 
     def step(
         self, x: Tensor, state: Mamba2State, *, reset: Tensor | None = None, branch: Branch | None = None
@@ -168,7 +173,8 @@ class Mamba2(BranchedLayer):
         A_H = -torch.exp(self.A_log.to(state.ssm.dtype))
         x_BHP = u_BE.unflatten(-1, (config.n_heads, config.d_head))
         y_BHP, ssm = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, self.D, state.ssm)
-        return self._emit(y_BHP, u_BE, z_BE, branch), Mamba2State(window, ssm)
+        dual = C_BGN.flatten(-2), B_BGN.flatten(-2)
+        return self._emit(y_BHP, u_BE, z_BE, dual, branch), Mamba2State(window, ssm)
 
     def _inputs(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
         """z, u, B, C, dt and the convolution's next window."""
@@ -191,9 +197,11 @@ class Mamba2(BranchedLayer):
         weight, bias = self.conv1d.weight.squeeze(1)[part], self.conv1d.bias[part]
         return causal_conv(x, weight, bias, window, reset=reset, silu=True)
 
-    def _emit(self, y_heads: Tensor, u: Tensor, z: Tensor, branch: Branch | None) -> Tensor:
+    def _emit(
+        self, y_heads: Tensor, u: Tensor, z: Tensor, dual: tuple[Tensor, Tensor], branch: Branch | None
+    ) -> Tensor:
         y = y_heads.flatten(-2).to(u.dtype)
         if branch is not None:
-            y = y + branch(u)
+            y = y + branch(u, dual)
         groups = self.config.n_groups
         return self.out_proj(gated_rms_norm(y, z, self.norm.weight, n_groups=groups, eps=NORM_EPS))

@@ -55,9 +55,21 @@ class SparseAttention(SequenceLayer):
         """``SparseOptions``; values have width ``d_model / n_heads``, projected from the inputs with ``project``."""
 
         project: bool = True
+        d_read: int = 0
+        """With ``qk="dual"``: columns of the input after the first ``d_model``, queries' before keys', and all that
+        these are made from; values are made from the others."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.qk == "dual" and not self.d_read:
+                raise ConfigError(f"{self.kind}: qk=dual takes the queries and keys of a mixer; use it within hax")
+            if self.d_read != (2 * self.n_heads * self.d_key if self.qk == "dual" else 0):
+                raise ConfigError(
+                    f"{self.kind}: qk={self.qk} reads {self.d_read // 2} numbers for queries and as many for keys; "
+                    f"n_heads * d_key must be that, got {self.n_heads} * {self.d_key}"
+                )
+            if self.qk == "dual" and self.init_std is not None:
+                raise ConfigError(f"{self.kind}: qk=dual starts as the identity; leave init_std out")
             if self.d_model % self.n_heads:
                 raise ConfigError(f"{self.kind}: d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
 
@@ -138,7 +150,9 @@ class SparseAttention(SequenceLayer):
         heads, d_key = config.n_heads, config.d_key
         self.d_value = config.d_model // heads
         self.n_projections = 1 if config.qk == "shared" else 2
-        self.to_qk = nn.Linear(config.d_model, self.n_projections * heads * d_key, bias=False)
+        self.to_qk = nn.Linear(config.d_read or config.d_model, self.n_projections * heads * d_key, bias=False)
+        if config.qk == "dual":
+            nn.init.eye_(self.to_qk.weight)
         if config.init_std is not None:
             nn.init.normal_(self.to_qk.weight, std=config.init_std)
         self.to_v = nn.Linear(config.d_model, config.d_model, bias=False) if config.project else nn.Identity()
@@ -151,7 +165,7 @@ class SparseAttention(SequenceLayer):
         self.plane_seed: Tensor
         self.plane_draws: Tensor
         if self.lsh is not None and config.planes == "projected":
-            self.to_hash = nn.Linear(config.d_model, 2 * heads * self.lsh.n_hashes * self.lsh.n_planes)
+            self.to_hash = nn.Linear(config.d_model + config.d_read, 2 * heads * self.lsh.n_hashes * self.lsh.n_planes)
         elif self.lsh is not None:
             planes = draw_planes(d_key, heads, self.lsh.n_hashes, self.lsh.n_planes)
             if config.planes == "learned":
@@ -240,7 +254,7 @@ class SparseAttention(SequenceLayer):
         c = self.config
         aux: Aux = {}
         q, k, scale = self._queries_and_keys(x)
-        v = self.to_v(x).unflatten(-1, (c.n_heads, self.d_value))
+        v = self.to_v(x[..., : c.d_model]).unflatten(-1, (c.n_heads, self.d_value))
         explorers = self._explorers(x) if taught else None
         buckets = None
         if self.lsh is not None:
@@ -326,7 +340,9 @@ class SparseAttention(SequenceLayer):
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """q, k (B, L, H, N) and the factor on their products; a learned one is already in q."""
         c = self.config
-        projected = self.to_qk(x).unflatten(-1, (self.n_projections, c.n_heads, c.d_key))
+        projected = self.to_qk(x[..., c.d_model :] if c.d_read else x).unflatten(
+            -1, (self.n_projections, c.n_heads, c.d_key)
+        )
         if c.normalise == "l2":
             # Under autocast norms are float32, and would make the queries and keys so.
             projected = F.normalize(projected, dim=-1).to(projected.dtype)

@@ -27,12 +27,18 @@ class Beside(Config, kind="beside"):
     pattern: str = "HAX"
     gate: float = 0.0
     planes: Planes = "redrawn"
+    dual: bool = False
+    """Queries and keys are made from the mixer's own, C and B after their convolution, as unit vectors, ten times their
+    product at first: attention then finds from the start what the mixer has learned to find. In Mamba-2 those are no
+    function of the inner activations that the paper's attention reads, and starting from the projections, as False
+    does, is an approximation that finds nothing (``docs/log.md``).
+    """
 
     def around(self, mixer: BranchedConfig) -> HAX.Config:
         """The layer: the paper's language setting (arXiv 2507.00449, section 5.2 and appendix D.2), this pattern."""
         if self.pattern == "recommended":
-            return HAX.Config.recommended(mixer.d_model, mixer, gate_init=self.gate)
-        base = HAX.Config.published_language(mixer.d_model, mixer, self.n_keys)
+            return self._dual(HAX.Config.recommended(mixer.d_model, mixer, gate_init=self.gate), mixer)
+        base = self._dual(HAX.Config.published_language(mixer.d_model, mixer, self.n_keys), mixer)
         hashed = find(base.patterns, Lsh)
         assert hashed is not None
         patterns = tuple(
@@ -45,4 +51,12 @@ class Beside(Config, kind="beside"):
             gate_init=self.gate,
             planes=self.planes if find(patterns, Lsh) else "fixed",
             selection_target=base.selection_target if find(patterns, KeySelection) else "mean",
+        )
+
+    def _dual(self, layer: HAX.Config, mixer: BranchedConfig) -> HAX.Config:
+        if not self.dual:
+            return layer
+        groups = getattr(mixer, "n_groups", 1)
+        return replace(
+            layer, qk="dual", n_heads=groups, d_key=mixer.dual // groups, normalise="l2", learn_scale=True, scale=None
         )
