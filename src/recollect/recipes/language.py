@@ -1,4 +1,4 @@
-"""HAX on language: a pretrained Mamba goes on training with each of the paper's attention patterns beside its layers.
+"""HAX on language: a pretrained Mamba-2 goes on training with each of the paper's attention patterns beside its layers.
 
 One model is trained on short context without attention, once, on text made on the spot: prose whose facts come back and
 solved tasks of the long-context suite. Then every row goes on from it for equally many steps on rows of 2,048 tokens:
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from recollect.layers.mamba import Mamba
+from recollect.layers.mamba2 import Mamba2
 from recollect.models.beside import PATTERNS, Beside
 from recollect.text.made import MadeCorpus
 from recollect.train.language import LanguageConfig, SuiteQuestions
@@ -19,10 +19,12 @@ from recollect.train.run import FaceOff, RunConfig, TrainConfig
 
 ROWS: dict[str, Beside | None] = {
     "none": None,
-    **{pattern: Beside(128, pattern, gate=1.0) for pattern in PATTERNS},
-    "recommended": Beside(32, "recommended", gate=1.0),
+    **{pattern: Beside(128, pattern, gate=1.0, dual=True) for pattern in PATTERNS},
+    "recommended": Beside(32, "recommended", gate=1.0, dual=True),
 }
-"""With open gates, as published: from closed ones they move by 0.02 in 250 steps, and every row stays the first."""
+"""With open gates, as published: from closed ones they move by 0.02 in 250 steps, and every row stays the first. Queries
+and keys begin as the base's own, which find what it recalls; the projections of Mamba-2 alone find nothing.
+"""
 
 ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-dense")
 """Tasks of the suite ``words`` that all are asked."""
@@ -61,7 +63,7 @@ class Scale:
 
     def faceoff(self, name: str, title: str, seeds: tuple[int, ...]) -> FaceOff:
         """Every row on the same base."""
-        layers = (Mamba.Config(self.d_model),) * self.n_layers
+        layers = (Mamba2.Config(self.d_model, d_state=64),) * self.n_layers
         pretrained = RunConfig(
             name,
             "base",
@@ -119,7 +121,7 @@ def _documents(n_documents: int, short: MadeCorpus) -> MadeCorpus:
     """What all rows go on with, in the pieces of words of ``short``."""
     return MadeCorpus(
         n_documents,
-        (1500, 8000),
+        (450, 8000),
         prose=0.1,
         suite="words",
         tasks=TASKS,
@@ -149,7 +151,7 @@ def language_micro() -> FaceOff:
         longer=1.2,
         lengths=(2048, 4096, 8192),
     )
-    return scale.faceoff("language-micro", "HAX beside a pretrained Mamba", (0, 1))
+    return scale.faceoff("language-micro", "HAX beside a pretrained Mamba-2", (0, 1))
 
 
 def language_mini() -> FaceOff:
@@ -171,7 +173,7 @@ def language_mini() -> FaceOff:
         questions=SuiteQuestions("words", ASKED, lengths=(2048, 4096, 8192, 16_384), depths=(0.0, 0.5, 1.0), n=20),
         lengths=(2048, 4096, 8192, 16_384),
     )
-    return scale.faceoff("language-mini", "HAX beside a larger pretrained Mamba", (0, 1))
+    return scale.faceoff("language-mini", "HAX beside a larger pretrained Mamba-2", (0, 1))
 
 
 def language_smoke() -> FaceOff:
