@@ -307,6 +307,13 @@ def test_a_corpus_mixes_prose_and_solved_documents() -> None:
     assert max(restated) > 3
 
 
+def test_a_task_named_twice_is_drawn_twice_as_often() -> None:
+    a, b, *_ = TINY
+    names = [each.name for each in corpus(4, 300, TINY, length=(512, 600), prose=0.0, drawn=(a, a, b))]
+    assert set(names) == {a, b}
+    assert 170 <= names.count(a) <= 230, "two thirds of 300, within four standard deviations"
+
+
 def test_a_corpus_counts_the_tokens_of_its_tokenizer() -> None:
     tokenizer = WordTokenizer()
     sizes = [len(tokenizer.encode(each.text)) for each in corpus(4, 30, TINY, length=(500, 600), tokenizer=tokenizer)]

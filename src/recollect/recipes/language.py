@@ -22,8 +22,8 @@ ROWS: dict[str, Beside | None] = {
     **{pattern: Beside(128, pattern, gate=1.0, dual=True) for pattern in PATTERNS},
     "recommended": Beside(32, "recommended", gate=1.0, dual=True),
 }
-"""With open gates, as published: from closed ones they move by 0.02 in 250 steps, and every row stays the first. Queries
-and keys begin as the base's own, which find what it recalls; the projections of Mamba-2 alone find nothing.
+"""With open gates, as published: from closed ones they move by 0.02 in 250 steps, and every row stays the first.
+Queries and keys begin as the base's own, which find what it recalls; the projections of Mamba-2 alone find nothing.
 """
 
 ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-dense")
