@@ -294,22 +294,24 @@ def test_losses_are_scalars_and_shapes_are_kept(case: str) -> None:
 
 @pytest.mark.parametrize("case", [name for name, config in CASES.items() if isinstance(config, BranchedConfig)])
 def test_a_branch_joins_forward_and_step_alike(case: str) -> None:
-    """It is called once, with activations of the declared width, and moves the output."""
+    """It is called once, with activations, queries and keys of the declared widths, and moves the output."""
     s = sample(CASES[case])
     layer = s.layer
     assert isinstance(layer, BranchedLayer)
     assert isinstance(s.config, BranchedConfig)
     assert layer.d_inner == s.config.inner
-    widths: list[int] = []
+    widths: list[tuple[int, ...]] = []
 
-    def branch(u: Tensor) -> Tensor:
-        widths.append(u.shape[-1])
-        return torch.sin(3 * u)
+    def branch(u: Tensor, dual: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        widths.append((u.shape[-1], *(part.shape[-1] for part in dual or ())))
+        moved = torch.sin(3 * u)
+        return moved if dual is None else moved + (dual[0] * dual[1]).sum(-1, keepdim=True)
 
     state, outputs = s.state, []
     with torch.no_grad():
         joined = layer(s.x, s.state, reset=s.reset, branch=branch)
-        assert widths == [layer.d_inner]
+        shown = s.config.dual
+        assert widths == [(layer.d_inner, shown, shown) if shown else (layer.d_inner,)]
         for t, x_t in enumerate(s.x.unbind(1)):
             y_t, state = layer.step(x_t, state, reset=s.reset[:, t], branch=branch)
             outputs.append(y_t)
