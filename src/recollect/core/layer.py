@@ -143,6 +143,10 @@ def _refuse_float16_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             refuse_float16(torch.get_autocast_dtype(x.device.type), x.device, f"{type(layer).__name__} under autocast")
 
 
+Dual = tuple[Tensor, Tensor]
+"""A core's own queries and keys."""
+
+
 class Branch(Protocol):
     """From a mixer's inner activations u, (B, L, E) or (B, E), to what is added to its core's output, as large.
 
@@ -150,7 +154,7 @@ class Branch(Protocol):
     C and B of a selective state-space model, whose sums over C_i . B_j are attention's dual (arXiv 2405.21060).
     """
 
-    def __call__(self, u: Tensor, dual: tuple[Tensor, Tensor] | None = None) -> Tensor: ...
+    def __call__(self, u: Tensor, dual: Dual | None = None) -> Tensor: ...
 
 
 class BranchedLayer(SequenceLayer):

@@ -280,14 +280,7 @@ def _umask() -> int:
 
 def parse_hax(assignments: Iterable[str]) -> Beside:
     """``k=128``, ``pattern=SW+D``, ``gate=0``, ``planes=fixed``, ``dual=true``. ConfigError for anything else."""
-    names = {
-        "k": "n_keys",
-        "n_keys": "n_keys",
-        "pattern": "pattern",
-        "gate": "gate",
-        "planes": "planes",
-        "dual": "dual",
-    }
+    names = {"k": "n_keys"} | {name: name for name in ("n_keys", "pattern", "gate", "planes", "dual")}
     kinds: dict[str, Callable[[str], Any]] = {"n_keys": int, "gate": float, "dual": _truth}
     values: dict[str, Any] = {}
     for assignment in assignments:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
-from recollect.core.layer import BranchedConfig, BranchedLayer, LayerConfig, LayerOut, SequenceLayer
+from recollect.core.layer import BranchedConfig, BranchedLayer, Dual, LayerConfig, LayerOut, SequenceLayer
 from recollect.core.types import Aux, State
 from recollect.layers.attention import Attention
 from recollect.layers.gru import GRU
@@ -20,8 +20,6 @@ from recollect.layers.s5 import S5
 from recollect.layers.sparse import SparseAttention
 from recollect.layers.sparse_options import SparseOptions
 from recollect.ops.patterns import Dilated, Full, KeySelection, Lsh, Pattern, Sink, Window, published_pattern
-
-Dual = tuple[Tensor, Tensor]
 
 
 class HAX(SequenceLayer):

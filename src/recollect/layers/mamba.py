@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
-from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
+from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, Dual, LayerOut
 from recollect.core.state import where_reset
 from recollect.ops.conv import causal_conv
 from recollect.ops.gate import gated
@@ -184,7 +184,7 @@ class Mamba(BranchedLayer):
             dt = F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias
         return u, z, dt, B, C, window
 
-    def _emit(self, y: Tensor, u: Tensor, z: Tensor, dual: tuple[Tensor, Tensor], branch: Branch | None) -> Tensor:
+    def _emit(self, y: Tensor, u: Tensor, z: Tensor, dual: Dual, branch: Branch | None) -> Tensor:
         y = y.to(u.dtype)
         if branch is not None:
             y = y + branch(u, dual)

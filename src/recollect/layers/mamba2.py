@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recollect.core.errors import ConfigError
-from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, LayerOut
+from recollect.core.layer import Branch, BranchedConfig, BranchedLayer, Dual, LayerOut
 from recollect.core.state import where_reset
 from recollect.ops.conv import causal_conv
 from recollect.ops.gate import gated_rms_norm
@@ -197,9 +197,7 @@ class Mamba2(BranchedLayer):
         weight, bias = self.conv1d.weight.squeeze(1)[part], self.conv1d.bias[part]
         return causal_conv(x, weight, bias, window, reset=reset, silu=True)
 
-    def _emit(
-        self, y_heads: Tensor, u: Tensor, z: Tensor, dual: tuple[Tensor, Tensor], branch: Branch | None
-    ) -> Tensor:
+    def _emit(self, y_heads: Tensor, u: Tensor, z: Tensor, dual: Dual, branch: Branch | None) -> Tensor:
         y = y_heads.flatten(-2).to(u.dtype)
         if branch is not None:
             y = y + branch(u, dual)

@@ -29,9 +29,9 @@ class Beside(Config, kind="beside"):
     planes: Planes = "redrawn"
     dual: bool = False
     """Queries and keys are made from the mixer's own, C and B after their convolution, as unit vectors, ten times their
-    product at first: attention then finds from the start what the mixer has learned to find. In Mamba-2 those are no
-    function of the inner activations that the paper's attention reads, and starting from the projections, as False
-    does, is an approximation that finds nothing (``docs/log.md``).
+    product at first. In Mamba-2 those are no function of the inner activations that the paper's attention reads, and
+    starting from the projections, as False does, is an approximation that found nothing; with True one layer of three
+    ranked the right key first before training. No gain after training is shown yet (``docs/log.md``).
     """
 
     def around(self, mixer: BranchedConfig) -> HAX.Config:

@@ -50,28 +50,29 @@ def masked_cross_entropy(
     (``counting``).
     """
     part = _weight.get()
-    n_words = weight.shape[0]
     if select is None:
-        select = h.device.type == "cpu" or mask.numel() * n_words > WHOLE
-    if not select:
-        loss, accuracy = _among_all(h, weight, labels, mask, empty=part is not None)
-        return (loss, accuracy) if part is None else (loss * part, accuracy * part)
-    h, wanted = h[mask], labels[mask]
-    n = h.shape[0]
-    if n * n_words > WHOLE:
-        loss, n_right = _chunked(h, weight, wanted, max(1, WHOLE // n_words))
-        accuracy = n_right / n
-    elif part is not None and n == 0:
-        # Nothing to learn, but every process must take the same way back through the model.
-        loss, accuracy = F.linear(h, weight).sum(), h.new_zeros(())
-    else:
-        logits = F.linear(h, weight)
-        loss, accuracy = F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean()
+        select = h.device.type == "cpu" or mask.numel() * weight.shape[0] > WHOLE
+    means = _among_masked if select else _among_all
+    loss, accuracy = means(h, weight, labels, mask, empty=part is not None)
     return (loss, accuracy) if part is None else (loss * part, accuracy * part)
 
 
+def _among_masked(h: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, empty: bool) -> tuple[Tensor, Tensor]:
+    """Both means from the logits of masked positions; where nothing is masked NaN, or 0 if that may be (``empty``)."""
+    h, wanted = h[mask], labels[mask]
+    n, n_words = h.shape[0], weight.shape[0]
+    if n * n_words > WHOLE:
+        loss, n_right = _chunked(h, weight, wanted, max(1, WHOLE // n_words))
+        return loss, n_right / n
+    logits = F.linear(h, weight)
+    if empty and n == 0:
+        # Nothing to learn, but every process must take the same way back through the model.
+        return logits.sum(), h.new_zeros(())
+    return F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean()
+
+
 def _among_all(h: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, empty: bool) -> tuple[Tensor, Tensor]:
-    """Both means from the logits of all positions; where nothing is masked NaN, or 0 if that may be (``empty``)."""
+    """The same from the logits of all positions."""
     counted, n = mask.flatten(), mask.sum()
     wanted = labels.flatten().masked_fill(~counted, 0)
     logits = F.linear(h.flatten(0, -2), weight)
