@@ -142,8 +142,9 @@ def test_a_dual_branch_reads_the_mixers_own_and_can_be_closed(folder: Path, tmp_
     mixer.attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     mixer.mixer.forward = _telling(mixer.mixer.forward, own)
     model(tokens)
-    (u, (C, B)), x = own[0], seen[0]
-    assert torch.equal(x, torch.cat([u, C, B], -1))
+    (u, (C, B, values)), x = own[0], seen[0]
+    assert torch.equal(x, torch.cat([values, C, B], -1))
+    assert values.shape == u.shape
     found = mixer.attention.attention_inputs(x)
     for mine, theirs in ((found.q_BLHN, C), (found.k_BLHN, B)):
         direction = mine.squeeze(2) / mine.squeeze(2).norm(dim=-1, keepdim=True)
@@ -156,7 +157,7 @@ def _telling(forward: Any, own: list[Any]) -> Any:
 
     def told(*args: Any, branch: Any, **kwargs: Any) -> Any:
         def noting(u: torch.Tensor, dual: Any = None) -> torch.Tensor:
-            own.append((u, dual))
+            own.append((u, dual()))
             return branch(u, dual)
 
         return forward(*args, branch=noting, **kwargs)

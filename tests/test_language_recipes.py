@@ -18,7 +18,7 @@ from recollect.train.loop import train
 @pytest.mark.parametrize("name", ["language-micro", "language-mini", "language-smoke"])
 def test_rows_differ_in_their_attention_alone(name: str) -> None:
     runs = {run.row: run for run in load_recipe(name).runs}
-    assert list(runs) == ["none", "none-longer", *PATTERNS, "recommended"]
+    assert list(runs) == ["none", "none-longer", *PATTERNS, "HAX-published", "recommended"]
     plain = runs["none"]
     assert isinstance(plain.problem, LanguageConfig)
     for row, run in runs.items():

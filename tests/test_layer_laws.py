@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.core.layer import BranchedConfig, BranchedLayer, LayerConfig, LayerOut, SequenceLayer
+from recollect.core.layer import BranchedConfig, BranchedLayer, Dual, LayerConfig, LayerOut, SequenceLayer
 from recollect.core.state import detach, index_batch, leaves, map_state, nbytes
 from recollect.layers import LAYERS
 from recollect.layers.gru import GRU
@@ -294,7 +294,7 @@ def test_losses_are_scalars_and_shapes_are_kept(case: str) -> None:
 
 @pytest.mark.parametrize("case", [name for name, config in CASES.items() if isinstance(config, BranchedConfig)])
 def test_a_branch_joins_forward_and_step_alike(case: str) -> None:
-    """It is called once, with activations, queries and keys of the declared widths, and moves the output."""
+    """It is called once, with activations, queries, keys and values of the declared widths, and moves the output."""
     s = sample(CASES[case])
     layer = s.layer
     assert isinstance(layer, BranchedLayer)
@@ -302,16 +302,17 @@ def test_a_branch_joins_forward_and_step_alike(case: str) -> None:
     assert layer.d_inner == s.config.inner
     widths: list[tuple[int, ...]] = []
 
-    def branch(u: Tensor, dual: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        widths.append((u.shape[-1], *(part.shape[-1] for part in dual or ())))
+    def branch(u: Tensor, dual: Callable[[], Dual] | None = None) -> Tensor:
+        own = () if dual is None else dual()
+        widths.append((u.shape[-1], *(part.shape[-1] for part in own)))
         moved = torch.sin(3 * u)
-        return moved if dual is None else moved + (dual[0] * dual[1]).sum(-1, keepdim=True)
+        return moved + (own[0] * own[1]).sum(-1, keepdim=True) * own[2] if own else moved
 
     state, outputs = s.state, []
     with torch.no_grad():
         joined = layer(s.x, s.state, reset=s.reset, branch=branch)
         shown = s.config.dual
-        assert widths == [(layer.d_inner, shown, shown) if shown else (layer.d_inner,)]
+        assert widths == [(layer.d_inner, shown, shown, layer.d_inner) if shown else (layer.d_inner,)]
         for t, x_t in enumerate(s.x.unbind(1)):
             y_t, state = layer.step(x_t, state, reset=s.reset[:, t], branch=branch)
             outputs.append(y_t)

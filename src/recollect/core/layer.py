@@ -24,7 +24,7 @@ Padding is the caller's business, through losses that know a ``mask``. Several s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
@@ -143,18 +143,26 @@ def _refuse_float16_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             refuse_float16(torch.get_autocast_dtype(x.device.type), x.device, f"{type(layer).__name__} under autocast")
 
 
-Dual = tuple[Tensor, Tensor]
-"""A core's own queries and keys."""
+class Dual(NamedTuple):
+    """A selective state-space model's own queries, keys and values, as of attention (arXiv 2405.21060).
+
+    y_i = sum over j <= i of decay_ij (C_i . B_j) dt_j u_j has the queries C and keys B, (B, L, D) or (B, D) each, D
+    being ``BranchedConfig.dual``, and the values dt u, (B, L, E) or (B, E): what is written, and next to nothing where
+    nothing is. dt is in units of the layer's mean step at no input, so that values are about as large as u.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class Branch(Protocol):
     """From a mixer's inner activations u, (B, L, E) or (B, E), to what is added to its core's output, as large.
 
-    ``dual``: the core's own queries and keys, (B, L, D) or (B, D) each, D being ``BranchedConfig.dual`` of its config:
-    C and B of a selective state-space model, whose sums over C_i . B_j are attention's dual (arXiv 2405.21060).
+    ``dual``, if the core has one, makes its own queries, keys and values; not called, it costs nothing.
     """
 
-    def __call__(self, u: Tensor, dual: Dual | None = None) -> Tensor: ...
+    def __call__(self, u: Tensor, dual: Callable[[], Dual] | None = None) -> Tensor: ...
 
 
 class BranchedLayer(SequenceLayer):

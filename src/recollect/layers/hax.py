@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Self
 
@@ -219,7 +219,7 @@ class HAX(SequenceLayer):
         if isinstance(self.mixer, BranchedLayer) and self.config.arrangement == "parallel":
             joined: list[LayerOut] = []
 
-            def branch(u: Tensor, dual: Dual | None = None) -> Tensor:
+            def branch(u: Tensor, dual: Callable[[], Dual] | None = None) -> Tensor:
                 joined.append(self.attention(self._read(u, dual), before[1], reset=reset))
                 return joined[0].y * self.gate
 
@@ -236,7 +236,7 @@ class HAX(SequenceLayer):
         if isinstance(self.mixer, BranchedLayer) and self.config.arrangement == "parallel":
             joined: list[SparseAttention.State] = []
 
-            def branch(u: Tensor, dual: Dual | None = None) -> Tensor:
+            def branch(u: Tensor, dual: Callable[[], Dual] | None = None) -> Tensor:
                 attended, after = self.attention.step(self._read(u, dual), state.attention, reset=reset)
                 joined.append(after)
                 return attended * self.gate
@@ -247,12 +247,13 @@ class HAX(SequenceLayer):
         attended, attention = self.attention.step(mixed, state.attention, reset=reset)
         return mixed + attended * self.gate, self.State(mixer, attention)
 
-    def _read(self, u: Tensor, dual: Dual | None) -> Tensor:
-        """What the attention is given: u, and with ``qk="dual"`` the mixer's queries and keys after it."""
+    def _read(self, u: Tensor, dual: Callable[[], Dual] | None) -> Tensor:
+        """What the attention is given: u; with ``qk="dual"`` the mixer's values, then its queries and keys."""
         if self.config.qk != "dual":
             return u
         assert dual is not None
-        return torch.cat([u, *dual], -1)
+        own = dual()
+        return torch.cat([own.values, own.queries, own.keys], -1)
 
 
 def _arrangement(mixer: LayerConfig) -> Literal["parallel", "sequence"]:

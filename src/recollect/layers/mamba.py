@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -155,7 +156,8 @@ class Mamba(BranchedLayer):
         y_BLE, ssm = selective_scan(
             u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, self.D, h_init=h_init, reset=reset, softplus=True
         )
-        return LayerOut(self._emit(y_BLE, u_BLE, z_BLE, (C_BLN, B_BLN), branch), MambaState(window, ssm), {})
+        dual = partial(self._dual, C_BLN, B_BLN, dt_BLE, u_BLE)
+        return LayerOut(self._emit(y_BLE, u_BLE, z_BLE, dual, branch), MambaState(window, ssm), {})
 
     def step(
         self, x: Tensor, state: MambaState, *, reset: Tensor | None = None, branch: Branch | None = None
@@ -166,7 +168,8 @@ class Mamba(BranchedLayer):
         u_BE, z_BE, dt_BE, B_BN, C_BN = (t.squeeze(1) for t in activations)
         A_EN = -torch.exp(self.A_log.to(state.ssm.dtype))
         y_BE, ssm = selective_step(u_BE, dt_BE, A_EN, B_BN, C_BN, self.D, state.ssm, softplus=True)
-        return self._emit(y_BE, u_BE, z_BE, (C_BN, B_BN), branch), MambaState(window, ssm)
+        dual = partial(self._dual, C_BN, B_BN, dt_BE, u_BE)
+        return self._emit(y_BE, u_BE, z_BE, dual, branch), MambaState(window, ssm)
 
     def _inputs(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
         """u, z, dt before its softplus, B, C and the convolution's next window."""
@@ -184,7 +187,12 @@ class Mamba(BranchedLayer):
             dt = F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias
         return u, z, dt, B, C, window
 
-    def _emit(self, y: Tensor, u: Tensor, z: Tensor, dual: Dual, branch: Branch | None) -> Tensor:
+    def _dual(self, C: Tensor, B: Tensor, dt: Tensor, u: Tensor) -> Dual:
+        """``dt`` as ``_inputs`` gives it, before its softplus."""
+        steps = F.softplus(dt) / F.softplus(self.dt_proj.bias.to(dt.dtype)).mean()
+        return Dual(C, B, u * steps.to(u.dtype))
+
+    def _emit(self, y: Tensor, u: Tensor, z: Tensor, dual: Callable[[], Dual], branch: Branch | None) -> Tensor:
         y = y.to(u.dtype)
         if branch is not None:
             y = y + branch(u, dual)

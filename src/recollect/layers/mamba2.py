@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -159,7 +160,7 @@ class Mamba2(BranchedLayer):
             reset=reset,
             chunk_size=config.chunk_size,
         )
-        dual = C_BLGN.flatten(-2), B_BLGN.flatten(-2)
+        dual = partial(self._dual, C_BLGN, B_BLGN, dt_BLH, u_BLE)
         return LayerOut(self._emit(y_BLHP, u_BLE, z_BLE, dual, branch), Mamba2State(window, ssm), {})
 
     def step(
@@ -173,7 +174,7 @@ class Mamba2(BranchedLayer):
         A_H = -torch.exp(self.A_log.to(state.ssm.dtype))
         x_BHP = u_BE.unflatten(-1, (config.n_heads, config.d_head))
         y_BHP, ssm = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, self.D, state.ssm)
-        dual = C_BGN.flatten(-2), B_BGN.flatten(-2)
+        dual = partial(self._dual, C_BGN, B_BGN, dt_BH, u_BE)
         return self._emit(y_BHP, u_BE, z_BE, dual, branch), Mamba2State(window, ssm)
 
     def _inputs(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
@@ -197,7 +198,12 @@ class Mamba2(BranchedLayer):
         weight, bias = self.conv1d.weight.squeeze(1)[part], self.conv1d.bias[part]
         return causal_conv(x, weight, bias, window, reset=reset, silu=True)
 
-    def _emit(self, y_heads: Tensor, u: Tensor, z: Tensor, dual: Dual, branch: Branch | None) -> Tensor:
+    def _dual(self, C: Tensor, B: Tensor, dt: Tensor, u: Tensor) -> Dual:
+        steps = (dt / F.softplus(self.dt_bias.to(dt.dtype)).mean()).to(u.dtype)
+        values = u.unflatten(-1, (self.config.n_heads, -1)) * steps[..., None]
+        return Dual(C.flatten(-2), B.flatten(-2), values.flatten(-2))
+
+    def _emit(self, y_heads: Tensor, u: Tensor, z: Tensor, dual: Callable[[], Dual], branch: Branch | None) -> Tensor:
         y = y_heads.flatten(-2).to(u.dtype)
         if branch is not None:
             y = y + branch(u, dual)

@@ -35,9 +35,10 @@ class SparseOptions(LayerConfig):
         "separate" projections, as in HAX; "shared", one for both (Reformer, arXiv 2001.04451): half the parameters, and
         a position that resembles another meets it in a bucket from the first step, though each resembles itself most.
         "dual", within HAX alone: made from the mixer's own queries and keys, C and B of a selective state-space model,
-        by a linear map that starts as the identity: attention beside a trained mixer begins where its C_i . B_j point,
-        without the decay. That it trains sooner is not shown (``docs/log.md``). Needs ``n_heads * d_key`` equal to
-        their width; with ``normalise="l2"``, as lengths there are weights and not nearness.
+        by a linear map that starts as the identity, with the mixer's own values, dt u, what it writes: attention beside
+        a trained mixer begins where its C_i . B_j point, without the decay, and reads what the mixer thought worth
+        keeping. Needs ``n_heads * d_key`` equal to their width; with ``normalise="l2"``, as lengths there are weights
+        and not nearness.
     ``normalise``
         None; "l2" makes queries and keys unit vectors (query-key normalisation, arXiv 2010.04245), so that logits are
         bounded and nearness in attention is nearness in angle, which is what the hash sees. Costs O(L N).

@@ -28,10 +28,11 @@ class Beside(Config, kind="beside"):
     gate: float = 0.0
     planes: Planes = "redrawn"
     dual: bool = False
-    """Queries and keys are made from the mixer's own, C and B after their convolution, as unit vectors, ten times their
-    product at first. In Mamba-2 those are no function of the inner activations that the paper's attention reads, and
-    starting from the projections, as False does, is an approximation that found nothing; with True one layer of three
-    ranked the right key first before training. No gain after training is shown yet (``docs/log.md``).
+    """Attention is made from the mixer's own parts: queries and keys from C and B after their convolution, as unit
+    vectors, ten times their product at first; values are what the mixer writes, dt u. So it begins as the mixer itself
+    without decay and interference, and one layer of three ranks the right key first before any training. False is the
+    paper's: values u, queries and keys from u, begun from the projections of C and B. In Mamba-2 that is an
+    approximation, which was not learned in some hundred steps where True was (``docs/log.md``).
     """
 
     def around(self, mixer: BranchedConfig) -> HAX.Config:
