@@ -1,10 +1,10 @@
 """Language models at public shapes: reading a prompt beside transformers, and writing after a short and a long one.
 
-    python bench/bench_language.py OUT.json [--threads 1 2] [--rounds 3] [--skip-writing]
+    python bench/bench_language.py OUT.json [--threads 1 2] [--rounds 3] [--dtype bfloat16] [--skip-writing]
 
 Reading: a prompt of 1,024 tokens at the shape of mamba2-130m (24 layers, width 768, state 128, heads of 64) with random
 weights, as ``generate`` reads it (logits of the last position), by our model and by that of transformers on the same
-ones, at its default chunk of 256 and at 128, 64 and 32. ``floor`` is the products with the weights alone, which all of
+ones, at its default chunk of 256 and at 128, 64 and 32, in ``--dtype``. ``floor`` is the products with the weights alone, which all of
 them make. Every figure is measured in a process of its own, and they take turns; the least of all rounds is kept.
 ``memory_mib`` is the high-water mark of one reading less what was held before.
 
@@ -38,18 +38,21 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/bench/language.json"))
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--skip-writing", action="store_true")
     parser.add_argument("--case", nargs=3, metavar=("WHAT", "WHICH", "THREADS"), help="one case")
     arguments = parser.parse_args()
     if arguments.case:
         what, which, threads = arguments.case
-        print(json.dumps((reading if what == "reading" else writing)(which, int(threads))))
+        dtype = arguments.dtype
+        row = reading(which, int(threads), dtype) if what == "reading" else writing(which, int(threads))
+        print(json.dumps(row))
         return
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for _ in range(arguments.rounds):
         for threads in arguments.threads:
             for which in READERS:
-                row = case("reading", which, threads)
+                row = case("reading", which, threads, arguments.dtype)
                 before = best.setdefault((which, threads), row)
                 for figure in ("seconds", "memory_mib"):
                     before[figure] = min(before[figure], row[figure])
@@ -57,7 +60,8 @@ def main() -> None:
                     f"reading {which}, {threads} threads: {row['seconds']:.2f} s, {row['memory_mib']:.0f} MiB",
                     flush=True,
                 )
-    found: dict[str, Any] = {**machine(), "length": LENGTH, "reading": list(best.values()), "writing": []}
+    found: dict[str, Any] = {**machine(), "length": LENGTH, "dtype": arguments.dtype}
+    found |= {"reading": list(best.values()), "writing": []}
     samples = {which: best[which, arguments.threads[0]]["sample"] for which in READERS[1:]}
     size = max(map(abs, samples["ours"]))
     found["difference"] = max(
@@ -84,15 +88,15 @@ def main() -> None:
     print(f"wrote {arguments.out}")
 
 
-def case(what: str, which: str, threads: int) -> dict[str, Any]:
+def case(what: str, which: str, threads: int, dtype: str = "float32") -> dict[str, Any]:
     """One measurement, in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, __file__, "--case", what, which, str(threads)]
+    command = [sys.executable, __file__, "--dtype", dtype, "--case", what, which, str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def reading(which: str, threads: int) -> dict[str, Any]:
+def reading(which: str, threads: int, dtype: str) -> dict[str, Any]:
     """Seconds and peak memory of one prompt."""
     import torch
 
@@ -100,7 +104,7 @@ def reading(which: str, threads: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = public_model("ours" if which == "floor" else which)
+    model = public_model("ours" if which == "floor" else which).to(getattr(torch, dtype))
     tokens = torch.randint(1, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(1))
 
     def read() -> None:
@@ -114,7 +118,7 @@ def reading(which: str, threads: int) -> dict[str, Any]:
         read()  # kernels compiled, allocator started
         peak = peak_of(read, torch.device("cpu"))
         timing = median_time(read, 4.0, torch.device("cpu"), first_s=peak.seconds)
-    sample = found[-1].tolist() if found else None
+    sample = found[-1].float().tolist() if found else None
     memory = (peak.bytes or 0) / 2**20
     return {"which": which, "threads": threads, "seconds": timing.seconds, "memory_mib": memory, "sample": sample}
 
@@ -126,7 +130,7 @@ def floor(model: Any) -> None:
 
     for block in model.backbone.layers:
         for linear in (block.mixer.in_proj, block.mixer.out_proj):
-            F.linear(torch.ones(LENGTH, linear.in_features), linear.weight)
+            F.linear(torch.ones(LENGTH, linear.in_features, dtype=linear.weight.dtype), linear.weight)
 
 
 def public_model(which: str) -> Any:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recollect.core.layer import BranchedConfig
 from recollect.core.state import nbytes
 from recollect.layers.gru import GRU
 from recollect.layers.hax import HAX
+from recollect.layers.mamba import Mamba
+from recollect.layers.mamba2 import Mamba2
 from recollect.layers.sparse import SparseAttention
 from recollect.ops.patterns import (
     Full,
@@ -278,3 +281,28 @@ def test_half_precision_trains_and_sums_in_float32(selection: str) -> None:
     assert whole.y.dtype == torch.bfloat16
     assert whole.state.query_sum.dtype == torch.float32
     assert nbytes(whole.state) == layer.config.state_bytes(2, dtype=torch.bfloat16)
+
+
+# The mixer's own queries, keys and values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [Mamba.Config(6, d_state=4), Mamba2.Config(6, d_state=4, d_head=3, n_groups=2)])
+def test_what_a_core_shows_of_itself_is_what_it_computes(config: BranchedConfig) -> None:
+    """Without decay and skip, it is the causal sum over its own (q . k) v: taken away again, nothing is left."""
+    layer: Any = config.build().double()
+    layer.A_log.fill_(-40.0)
+    layer.D.zero_()
+    bias = layer.dt_proj.bias if isinstance(config, Mamba.Config) else layer.dt_bias
+    groups = getattr(config, "n_groups", 1)
+    found: list[float] = []
+
+    def less(_: Tensor, dual: Any) -> Tensor:
+        q, k, v = (part.unflatten(-1, (groups, -1)).movedim(-2, 1) for part in dual())
+        y = (q @ k.mT).tril() @ v * F.softplus(bias).mean()
+        found.append(float(y.abs().max()))
+        return -y.movedim(1, -2).flatten(-2)
+
+    y = layer(torch.randn(2, 20, 6, dtype=torch.float64), branch=less).y
+    assert found[0] > 1e-3
+    assert y.abs().max() < 1e-9

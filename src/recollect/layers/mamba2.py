@@ -139,7 +139,7 @@ class Mamba2(BranchedLayer):
         """Zero: nothing in the window, nothing remembered."""
         config, like = self.config, self.out_proj.weight
         device, dtype = device or like.device, dtype or like.dtype
-        conv = torch.zeros(batch, max(config.d_conv - 1, 0), config.conv_width, device=device, dtype=dtype)
+        conv = self._empty_window(torch.empty(batch, 0, device=device, dtype=dtype))
         size = (batch, config.n_heads, config.d_head, config.d_state)
         return Mamba2State(conv, torch.zeros(size, device=device, dtype=accumulator_dtype(dtype)))
 
@@ -147,7 +147,7 @@ class Mamba2(BranchedLayer):
         self, x: Tensor, state: Mamba2State | None = None, *, reset: Tensor | None = None, branch: Branch | None = None
     ) -> LayerOut:
         config = self.config
-        window = self.state_like(x).conv if state is None else state.conv
+        window = self._empty_window(x) if state is None else state.conv
         z_BLE, u_BLE, B_BLGN, C_BLGN, dt_BLH, window = self._inputs(x, window, reset)
         y_BLHP, ssm = ssd(
             u_BLE.unflatten(-1, (config.n_heads, config.d_head)),
@@ -177,6 +177,10 @@ class Mamba2(BranchedLayer):
         dual = partial(self._dual, C_BGN, B_BGN, dt_BH, u_BE)
         return self._emit(y_BHP, u_BE, z_BE, dual, branch), Mamba2State(window, ssm)
 
+    def _empty_window(self, like: Tensor) -> Tensor:
+        """The convolution's window before anything was seen, for the rows of ``like`` (B, ...)."""
+        return like.new_zeros(len(like), max(self.config.d_conv - 1, 0), self.config.conv_width)
+
     def _inputs(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
         """z, u, B, C, dt and the convolution's next window."""
         config = self.config
@@ -196,16 +200,17 @@ class Mamba2(BranchedLayer):
             return F.silu(x), window
         assert self.conv1d.bias is not None
         weight, bias = self.conv1d.weight.squeeze(1)[part], self.conv1d.bias[part]
-        return causal_conv(x, weight, bias, window, reset=reset, silu=True)
+        return causal_conv(x, weight, bias, window, reset=reset, silu=True, wide=True)
 
     def _dual(self, C: Tensor, B: Tensor, dt: Tensor, u: Tensor) -> Dual:
-        steps = (dt / F.softplus(self.dt_bias.to(dt.dtype)).mean()).to(u.dtype)
-        values = u.unflatten(-1, (self.config.n_heads, -1)) * steps[..., None]
-        return Dual(C.flatten(-2), B.flatten(-2), values.flatten(-2))
+        steps = dt / F.softplus(self.dt_bias.to(dt.dtype)).mean()
+        values = u.unflatten(-1, (self.config.n_heads, -1)) * steps[..., None].to(u.dtype)
+        dtype = self.out_proj.weight.dtype
+        return Dual(*(part.flatten(-2).to(dtype) for part in (C, B, values)))
 
     def _emit(self, y_heads: Tensor, u: Tensor, z: Tensor, dual: Callable[[], Dual], branch: Branch | None) -> Tensor:
-        y = y_heads.flatten(-2).to(u.dtype)
+        y = y_heads.flatten(-2)
         if branch is not None:
-            y = y + branch(u, dual)
+            y = y + branch(u.to(z.dtype), dual)
         groups = self.config.n_groups
         return self.out_proj(gated_rms_norm(y, z, self.norm.weight, n_groups=groups, eps=NORM_EPS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from types import ModuleType
 from typing import Any
 
@@ -21,28 +22,32 @@ def causal_conv(
     *,
     reset: Tensor | None = None,
     silu: bool = False,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y_t = bias + sum_j weight[:, W-1-j] x_{t-j} for lags j < W, and the window to carry on with.
 
     ``window`` (B, W-1, E) holds the inputs before the first position, oldest first, zero where there were none. A reset
     (B, L) at t makes every tap that reaches back across t zero, in the returned window too. ``silu`` gives
     y * sigmoid(y) instead of y. One position is L = 1. Time O(B L E W); of the kernels, compiled on a CPU and
-    ``gpu.conv`` on a GPU, backward needs nothing but x. First derivatives only.
+    ``gpu.conv`` on a GPU, backward needs nothing but x. Half precision is summed in float32 there, and
+    ``wide`` lets y be left in that where rounding would cost a pass of its own. First derivatives only.
     """
     taps = weight_EW.shape[1]
     y_BLE: Tensor
-    given = [x_BLE, weight_EW, window_BWE] if bias_E is None else [x_BLE, weight_EW, window_BWE, bias_E]
+    given = [x_BLE, window_BWE, weight_EW, *([] if bias_E is None else [bias_E])]
     gpu = dispatch.gpu_kernels("conv", *given)
     if gpu is not None:
         y_BLE = _OnGpu.apply(gpu, x_BLE, weight_EW, bias_E, window_BWE, reset, silu)  # pyright: ignore[reportAssignmentType]
         return y_BLE, _next_window(x_BLE, window_BWE, reset) if taps > 1 else window_BWE
-    module = dispatch.kernels("conv", *given)
-    if module is None or any(t.dtype != x_BLE.dtype for t in given):
+    found = dispatch.kernels_in_float32("conv", *given, bits=2)
+    if found is None:
         y_BLE = _shifted_products(x_BLE, weight_EW, bias_E, window_BWE, reset)
         y_BLE = F.silu(y_BLE) if silu else y_BLE
     else:
-        bias = weight_EW.new_zeros(weight_EW.shape[0]) if bias_E is None else bias_E
-        y_BLE = _Fused.apply(module, x_BLE, weight_EW, bias, window_BWE, reset, silu)  # pyright: ignore[reportAssignmentType]
+        module, (x, window, weight, *biases) = found
+        bias = biases[0] if biases else weight.new_zeros(weight.shape[0])
+        y_BLE = _Fused.apply(module, x, weight, bias, window, reset, silu)  # pyright: ignore[reportAssignmentType]
+        y_BLE = y_BLE if wide else y_BLE.to(reduce(torch.promote_types, (t.dtype for t in given)))
     return y_BLE, _next_window(x_BLE, window_BWE, reset) if taps > 1 else window_BWE
 
 
@@ -114,7 +119,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         given = [t.contiguous() for t in (x, weight.T, bias, window)]
         given.append(torch.zeros(0, 0, dtype=torch.bool) if reset is None else reset.contiguous())
-        y = torch.empty_like(given[0])
+        y = torch.empty_like(given[0], dtype=weight.dtype)
         arrays = module.arrays(*given, y)
         units = x.shape[0] * -(-x.shape[1] // module.SPAN)
         module.over_rows(units, lambda b, e: module.forward(b, e, *arrays[:-1], silu, arrays[-1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from functools import cache
+from functools import cache, reduce
 from types import ModuleType
 from typing import NamedTuple
 
@@ -76,6 +76,22 @@ def kernels(name: str, *tensors: Tensor) -> ModuleType | None:
     if explain_kernels(*tensors).path != "numba":
         return None
     return importlib.import_module(f"recollect.ops.kernels.{name}")
+
+
+def kernels_in_float32(name: str, *tensors: Tensor, bits: int) -> tuple[ModuleType, list[Tensor]] | None:
+    """``kernels`` for floating-point tensors of any dtypes, and these as the kernels take them: half precision widened
+    to float32, as a CPU has little arithmetic for it. Where no gradient is asked, bfloat16 among the first ``bits``
+    tensors stays: the kernels read it as it lies.
+    """
+    if any(tensor.device.type != "cpu" for tensor in tensors) or KERNELS == "triton":
+        return None
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    module = kernels(name, torch.empty(0, dtype=dtype))
+    if module is None:
+        return None
+    stays = 0 if asks_gradients(*tensors) or dtype != torch.float32 else bits
+    kept = [tensor if tensor.dtype is torch.bfloat16 else tensor.to(dtype) for tensor in tensors[:stays]]
+    return module, [*kept, *(tensor.to(dtype) for tensor in tensors[stays:])]
 
 
 def gpu_kernels(name: str, *tensors: Tensor) -> ModuleType | None:

@@ -14,23 +14,27 @@ from recollect.ops import dispatch
 
 
 def gated(y: Tensor, z: Tensor) -> Tensor:
-    """y * SiLU(z) for y, z (..., E). Backward keeps y and z only in the compiled form."""
-    module = dispatch.kernels("gate", y, z)
-    if module is None or y.dtype != z.dtype:
+    """y * SiLU(z) for y, z (..., E). Backward keeps y and z only in the compiled form, which takes half precision in
+    float32.
+    """
+    found = dispatch.kernels_in_float32("gate", y, z, bits=2)
+    if found is None:
         return y * F.silu(z)
-    return _Gate.apply(module, y, z)  # pyright: ignore[reportReturnType]
+    out: Tensor = _Gate.apply(found[0], *found[1])  # pyright: ignore[reportAssignmentType]
+    return out.to(torch.promote_types(y.dtype, z.dtype))
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight_E: Tensor, *, n_groups: int = 1, eps: float = 1e-5) -> Tensor:
     """weight * v / sqrt(mean(v^2) + eps) with v = y * SiLU(z) (..., E), the mean over each of ``n_groups`` equal parts
-    of E. In at least float32; the result has the dtype of ``y``.
+    of E. In at least float32; the result has the dtype of ``z``.
     """
-    module = dispatch.kernels("gate", y, z, weight_E)
-    if module is None or not y.dtype == z.dtype == weight_E.dtype:
+    found = dispatch.kernels_in_float32("gate", y, z, weight_E, bits=2)
+    if found is None:
         dtype = torch.promote_types(y.dtype, torch.float32)
         v = (y.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (n_groups, -1))
-        return (weight_E * F.rms_norm(v, v.shape[-1:], eps=eps).flatten(-2)).to(y.dtype)
-    return _Norm.apply(module, y, z, weight_E, n_groups, eps)  # pyright: ignore[reportReturnType]
+        return (weight_E * F.rms_norm(v, v.shape[-1:], eps=eps).flatten(-2)).to(z.dtype)
+    out: Tensor = _Norm.apply(found[0], *found[1], n_groups, eps)  # pyright: ignore[reportAssignmentType]
+    return out.to(z.dtype)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
@@ -43,7 +47,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, module: ModuleType, y: Tensor, z: Tensor) -> Tensor:
         y_RE, z_RE = _rows(y, z)
-        out = torch.empty_like(y_RE)
+        out = torch.empty_like(y_RE, dtype=torch.promote_types(y.dtype, z.dtype))
         arrays = module.arrays(y_RE, z_RE, out)
         module.over_rows(-(-len(out) // module.SPAN), lambda b, e: module.gate_forward(b, e, *arrays))
         ctx.save_for_backward(y_RE, z_RE)
@@ -68,7 +72,7 @@ class _Norm(torch.autograd.Function):
         ctx: Any, module: ModuleType, y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float
     ) -> Tensor:
         y_RE, z_RE = _rows(y, z)
-        out = torch.empty_like(y_RE)
+        out = torch.empty_like(z_RE)
         arrays = module.arrays(y_RE, z_RE, weight, out)
         units = -(-len(out) // module.SPAN)
         module.over_rows(units, lambda b, e: module.norm_forward(b, e, n_groups, eps, *arrays))

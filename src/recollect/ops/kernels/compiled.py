@@ -53,8 +53,11 @@ def _compile(function: F, fastmath: set[str]) -> F:
 
 
 def arrays(*tensors: Tensor) -> list[Array]:
-    """The tensors as contiguous numpy arrays, without a copy where they are contiguous already."""
-    return [t.detach().contiguous().numpy() for t in tensors]
+    """The tensors as contiguous numpy arrays, without a copy where they are contiguous already; bfloat16 as its bits,
+    int16, which kernels ``load`` and ``store``.
+    """
+    given = [t.detach().contiguous() for t in tensors]
+    return [(t.view(torch.int16) if t.dtype is torch.bfloat16 else t).numpy() for t in given]
 
 
 def over_rows(n_rows: int, run: Callable[[int, int], None]) -> None:
@@ -93,8 +96,74 @@ def _bits_as_float_form(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001 
     return result(bits), generate
 
 
+def _float_as_bits_form(typing_context: Any, x: Any) -> Any:  # noqa: ARG001 - numba's signature
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(arguments[0], context.get_value_type(types.int32))
+
+    return types.int32(x), generate
+
+
 _rounded: Any = intrinsic(_rounded_form)
 _bits_as_float: Any = intrinsic(_bits_as_float_form)
+_float32_as_bits: Any = intrinsic(_float_as_bits_form)
+
+
+def load(x: Any) -> Any:
+    """An element of an array as a number: of floats itself, of the bits of bfloat16 their float32."""
+    raise NotImplementedError(f"only inside kernels, got {x}")
+
+
+@overload(load, inline="always")
+def _load(x: Any) -> Any:
+    return _load_bits if x == types.int16 else _load_float
+
+
+def _load_bits(x: Any) -> Any:
+    return _bits_as_float(np.int32(np.int32(x) << 16))
+
+
+def _load_float(x: Any) -> Any:
+    return x
+
+
+def one_of(array: Any) -> Any:
+    """1 as a number that ``load`` gives of the array: a literal would make float64 of a float32."""
+    raise NotImplementedError(f"only inside kernels, got {array}")
+
+
+@overload(one_of, inline="always")
+def _one_of(array: Any) -> Any:
+    return _one64 if array.dtype == types.float64 else _one32
+
+
+def _one32(array: Any) -> Any:  # noqa: ARG001 - of the overload's form
+    return np.float32(1)
+
+
+def _one64(array: Any) -> Any:  # noqa: ARG001 - of the overload's form
+    return 1.0
+
+
+def store(to: Any, i: int, x: float) -> None:
+    """to[i] = x, rounded to the nearest bfloat16, ties to even, if ``to`` holds the bits of those."""
+    raise NotImplementedError(f"only inside kernels, got {to}, {i}, {x}")
+
+
+@overload(store, inline="always")
+def _store(to: Any, i: Any, x: Any) -> Any:  # noqa: ARG001 - numba's signature
+    if to.dtype == types.int16:
+        return _store_bits
+    return _store_float
+
+
+def _store_bits(to: Any, i: Any, x: Any) -> None:
+    bits = _float32_as_bits(x)
+    rounded = np.int16(np.int32(bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))) >> 16)
+    to[i] = rounded if x == x else np.int16(0x7FC0)  # NaN alone differs from itself
+
+
+def _store_float(to: Any, i: Any, x: Any) -> None:
+    to[i] = x
 
 
 def exp(x: float) -> float:

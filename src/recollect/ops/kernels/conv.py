@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recollect.ops.kernels.compiled import Array, arrays, exp, kernel, over_rows
+from recollect.ops.kernels.compiled import Array, arrays, exp, kernel, load, over_rows
 
 __all__ = ["SPAN", "arrays", "backward", "forward", "over_rows"]
 
@@ -36,9 +36,9 @@ def _convolve(row: Array, x: Array, weight: Array, bias: Array, window: Array, b
         w0, w1, w2, w3 = weight[last], weight[last - 1], weight[last - 2], weight[last - 3]
         # Two loops: with more arrays in one, a compiler gives up proving that they do not overlap.
         for i in range(width):
-            row[i] = bias[i] + x0[i] * w0[i] + x1[i] * w1[i]
+            row[i] = bias[i] + load(x0[i]) * w0[i] + load(x1[i]) * w1[i]
         for i in range(width):
-            row[i] += x2[i] * w2[i] + x3[i] * w3[i]
+            row[i] += load(x2[i]) * w2[i] + load(x3[i]) * w3[i]
         return
     for i in range(width):
         row[i] = bias[i]
@@ -46,17 +46,17 @@ def _convolve(row: Array, x: Array, weight: Array, bias: Array, window: Array, b
         source = x[b, t - tap] if t >= tap else window[b, last + t - tap]
         w = weight[last - tap]
         for i in range(width):
-            row[i] += source[i] * w[i]
+            row[i] += load(source[i]) * w[i]
 
 
 @kernel
 def forward(
     begin: int, end: int, x: Array, weight: Array, bias: Array, window: Array, reset: Array, silu: bool, y: Array
 ) -> None:
-    """x, y (B, L, E); weight (W, E); window (B, W-1, E); reset (B, L) or (0, 0)."""
+    """x, y (B, L, E); weight (W, E); window (B, W-1, E); reset (B, L) or (0, 0). x and window may be bfloat16."""
     length, width = x.shape[1], x.shape[2]
     spans = (length + SPAN - 1) // SPAN
-    one = x.dtype.type(1)
+    one = weight.dtype.type(1)
     for unit in range(begin, end):
         b, first = unit // spans, unit % spans * SPAN
         for t in range(first, min(first + SPAN, length)):

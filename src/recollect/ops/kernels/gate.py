@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recollect.ops.kernels.compiled import Array, arrays, exp, kernel, over_rows
+from recollect.ops.kernels.compiled import Array, arrays, exp, kernel, load, one_of, over_rows, store
 
 __all__ = ["SPAN", "arrays", "gate_backward", "gate_forward", "norm_backward", "norm_forward", "over_rows"]
 
@@ -16,12 +16,13 @@ SPAN = 256
 
 @kernel
 def gate_forward(begin: int, end: int, y: Array, z: Array, out: Array) -> None:
-    """out = y z / (1 + e^-z); all (rows, E), begin and end in units."""
-    one = y.dtype.type(1)
+    """out = y z / (1 + e^-z); all (rows, E), any of them bfloat16, begin and end in units."""
+    one = one_of(z)
     for row in range(begin * SPAN, min(end * SPAN, y.shape[0])):
         yr, zr, to = y[row], z[row], out[row]
         for i in range(to.shape[0]):
-            to[i] = yr[i] * zr[i] / (one + exp(-zr[i]))
+            gate = load(zr[i])
+            store(to, i, load(yr[i]) * gate / (one + exp(-gate)))
 
 
 @kernel
@@ -40,21 +41,26 @@ def gate_backward(begin: int, end: int, y: Array, z: Array, dout: Array, dy: Arr
 def norm_forward(
     begin: int, end: int, n_groups: int, eps: float, y: Array, z: Array, weight: Array, out: Array
 ) -> None:
-    """v = y SiLU(z); out = weight v / sqrt(mean(v^2) + eps), the mean over each of ``n_groups`` parts of a row."""
-    one = y.dtype.type(1)
+    """v = y SiLU(z); out = weight v / sqrt(mean(v^2) + eps), the mean over each of ``n_groups`` parts of a row.
+
+    y, z and out may be bfloat16.
+    """
+    one = weight.dtype.type(1)
     width = y.shape[1] // n_groups
+    values = np.empty(width, weight.dtype)
     for row in range(begin * SPAN, min(end * SPAN, y.shape[0])):
         for group in range(n_groups):
             part = slice(group * width, (group + 1) * width)
             yr, zr, to, w = y[row, part], z[row, part], out[row, part], weight[part]
-            squares = y.dtype.type(0)
+            squares = weight.dtype.type(0)
             for i in range(width):
-                v = yr[i] * zr[i] / (one + exp(-zr[i]))
-                to[i] = v
+                gate = load(zr[i])
+                v = load(yr[i]) * gate / (one + exp(-gate))
+                values[i] = v
                 squares += v * v
-            scale = y.dtype.type(1 / np.sqrt(squares / width + eps))
+            scale = weight.dtype.type(1 / np.sqrt(squares / width + eps))
             for i in range(width):
-                to[i] *= scale * w[i]
+                store(to, i, values[i] * (scale * w[i]))
 
 
 @kernel
