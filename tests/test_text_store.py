@@ -174,6 +174,11 @@ def test_a_finished_store_is_used_again(source: Path, tmp_path: Path, monkeypatc
     assert isinstance(build_store(source, tmp_path / "store", BYTES, valid_share=0.1, workers=2), TokenStore)
     os.utime(source, (1, 1))  # written again, with the same bytes
     build_store(source, tmp_path / "store", BYTES, valid_share=0.1)
+    monkeypatch.chdir(tmp_path)
+    build_store(source.relative_to(tmp_path), Path("store"), BYTES, valid_share=0.1)
+    elsewhere = tmp_path / "moved.jsonl"
+    source.rename(elsewhere)
+    build_store(elsewhere, tmp_path / "store", BYTES, valid_share=0.1)
     assert file_bytes(tmp_path / "store") == before
 
 
@@ -193,7 +198,12 @@ def test_a_store_of_something_else_is_never_used(source: Path, tmp_path: Path) -
     (tmp_path / "source2.txt").write_text("more")
     with pytest.raises(DataError, match=rf"sources: .*source.jsonl -> .*source.jsonl, .*source2.txt{end}"):
         build_store([source, tmp_path / "source2.txt"], tmp_path / "store", BYTES)
-    source.write_text(source.read_text().replace("document 7", "document 9"))
+    other = tmp_path / "other.jsonl"
+    other.write_text(source.read_text().replace("document 7", "document 9"))  # as large, written as early
+    os.utime(other, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
+    with pytest.raises(DataError, match=rf"sources: .*source.jsonl -> .*other.jsonl{end}"):
+        build_store(other, tmp_path / "store", BYTES)
+    source.write_text(other.read_text())
     with pytest.raises(DataError, match=rf"source\.jsonl has changed since{end}"):
         build_store(source, tmp_path / "store", BYTES)
     assert file_bytes(tmp_path / "store") == before

@@ -371,7 +371,9 @@ def _recorded(source: Source) -> _Recorded:
 
 
 def _reused(path: Path, meta: Mapping[str, Any], sources: tuple[Source, ...]) -> TokenStore:
-    """The store at ``path`` if it is what would be built. Reads only sources whose time of change is another."""
+    """The store at ``path`` if it is what would be built. Reads only sources whose time of change, or name, is another:
+    the same bytes found elsewhere, or by another path, are the same source.
+    """
     store = open_store(path)
     told = {key: store.meta[key] for key in ("tokenizer", "settings")}
     told["tokenizer"] = {**told["tokenizer"], "name": meta["tokenizer"]["name"]}
@@ -380,12 +382,14 @@ def _reused(path: Path, meta: Mapping[str, Any], sources: tuple[Source, ...]) ->
         known = [_Recorded(**each) for each in store.meta["sources"]]
     except (KeyError, TypeError):
         raise DataError(f"{path / META} is damaged: remove {path} and build it again") from None
-    if not changed and [source.name for source in sources] != [each.name for each in known]:
-        changed = [f"sources: {_names(each.name for each in known)} -> {_names(each.name for each in sources)}"]
+    others = f"sources: {_names(each.name for each in known)} -> {_names(each.name for each in sources)}"
+    if not changed and len(sources) != len(known):
+        changed = [others]
     for source, before in zip(sources, known, strict=False) if not changed else ():
-        same_time = source.modified_ns == before.modified_ns and source.kind != "hub"
+        same_name = source.name == before.name
+        same_time = same_name and source.modified_ns == before.modified_ns and source.kind != "hub"
         if source.size != before.bytes or not (same_time or source.digest() == before.sha256):
-            changed.append(f"{source.name} has changed since")
+            changed.append(f"{source.name} has changed since" if same_name else others)
     if changed:
         raise DataError(f"{path} holds other tokens ({changed[0]}): remove it or choose another folder")
     return store
