@@ -63,7 +63,7 @@ def metrics_of(env: dict[str, Any], skill: float) -> tuple[str, dict[str, float]
     if env["kind"] == "maze":
         probed = {"walls_accuracy": 0.8 + skill / 10, "objects_mse": error, "objects_rmse": error**0.5}
         return "generation_mse", {**frames, **probed}
-    return "generation_mse", frames
+    return "generation_mse", {**frames, "expectation_mse": 0.6 * error}
 
 
 def _write_run(folder: Path, group: str, env: dict[str, Any], row: str, seed: int, side: int, skill: float) -> None:

@@ -30,7 +30,7 @@ from recollect.text.suite import TINY, Needles, Suite, prompt_of
 from recollect.text.suite.names import listed
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.train.stopping import StoppedError
-from test_long_suite import solve
+from solving import solve
 
 BYTES = ByteTokenizer()
 SMALL = Suite(

@@ -126,7 +126,9 @@ class TestNumbers:
             *("reward, imagining, %", "reward, observing, %", "reconstruction error", "generation error")
         ]
         assert columns(DOORS) == ["generation error", "doors, %", "tiles, %", "reconstruction error"]
-        assert columns(ROOMS) == ["generation error", "reconstruction error", "dreamed frames, dB"]
+        assert columns(ROOMS) == [
+            *("generation error", "reconstruction error", "mean dream, error", "dreamed frames, dB")
+        ]
         probed = ["walls probed, %", "objects probed, squared error", "objects probed, cells off"]
         assert columns(MAZE) == ["generation error", *probed, "reconstruction error", "dreamed frames, dB"]
 
@@ -192,6 +194,7 @@ class TestNumbers:
         assert [cell.text for cell in found.rows[-1].cells] == ["9", "1.5", ""]
         assert "No memory: chance, or the error of the mean picture." in found.note
         assert [row.name for row in table(face, DOORS).rows] == ["s5wm", "rssm", "mean picture"]
+        assert [cell.text for cell in table(face, ROOMS).rows[-1].cells][:3] == ["1.5", "", "1.5"]
 
     def test_where_every_world_has_another_leader_none_is_named(self, tmp_path: Path) -> None:
         envs = {name: ENVS[name] for name in (MEMORY, DOORS)}

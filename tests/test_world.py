@@ -90,6 +90,17 @@ class TestWorld:
         assert scored.arrays["strip_truth"].shape == scored.arrays["strip_imagined"].shape == (4, 6, 40, 40, 3)
         assert problem.describe(model)["state_bytes"] == nbytes(model.init_state(1)._replace(h=torch.zeros(0)))
 
+    def test_pictures_are_dreamed_twice_in_the_end(self) -> None:
+        problem = World(replace(world_config("pixels"), env=ToyEnv.Config()))
+        model = problem.build_model().eval()
+        last = problem.evaluate(model, Streams(0), final=True)
+        curve = last.details["expectation_mse_curve"]
+        assert np.mean(curve) == pytest.approx(last.metrics["expectation_mse"])
+        assert last.metrics["expectation_mse"] < last.metrics["generation_mse"], "an untrained model guesses"
+        assert "expectation_mse" not in problem.evaluate(model, Streams(0), final=False).metrics
+        tiles = world_config().build()
+        assert "expectation_mse" not in tiles.evaluate(tiles.build_model(), Streams(0), final=True).metrics
+
     def test_splits_share_no_episode_and_stores_are_made_once(self) -> None:
         problem = World(world_config())
         again = World(world_config())
@@ -143,6 +154,7 @@ class TestDream:
             reward_true=np.array([1, 0, 1, 0], np.float32)[:n],
             reward_inferred=np.array([0.9, 0.1, 0.6, 0.4], np.float32)[:n],
             reward_imagined=np.array([0.9, 0.9, 0.1, 0.4], np.float32)[:n],
+            expectation=np.zeros((n, 0)),
         )
 
     def dreams(self, *errors: float) -> Dream:

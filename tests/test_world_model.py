@@ -122,6 +122,27 @@ class TestWorldModel:
         assert np.array_equal(clean.scores.reward_imagined, other.scores.reward_imagined)
         assert not np.array_equal(clean.truth_pictures, other.truth_pictures)
 
+    def test_the_mean_of_all_dreams_is_judged_by_two(self, kind: str) -> None:
+        model, batch = world_model(kind).float().eval(), single(episodes())
+        context = DistractingMemory.Config(width=11).context_length
+        alone = dream(model, batch, context, torch.Generator().manual_seed(0))
+        assert alone.scores.expectation.shape == (2, 0)
+        assert "expectation_mse" not in alone.scores.errors(1)
+        pictures, found = [], []
+        generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+        for i in range(40):
+            one = dream(model, batch, context, *generators)
+            pictures.append(one.imagined_pictures / 255.0)
+            found.append(one.scores.expectation)
+            assert i or np.array_equal(one.imagined, alone.imagined), "the first dream is the same"
+        truth = alone.truth_pictures / 255.0
+        mean = np.mean(pictures, 0)
+        spread = np.square(np.array(pictures) - mean).sum((2 + 1, 4, 5)).sum(0) / 39
+        exact = np.square(mean - truth).sum((2, 3, 4)) - spread / 40
+        assert spread.mean() > 100, "its dreams differ"
+        error = np.std(found, 0).mean() / 40**0.5
+        assert abs((np.mean(found, 0) - exact).mean()) < 4 * error < 0.2 * exact.mean()
+
     def test_imagining_with_the_posterior_mode_equals_observing(self, kind: str) -> None:
         """With a prior that equals the posterior, single steps and parallel observation are the same computation."""
         model, batch = world_model(kind).eval(), episodes()

@@ -4,6 +4,9 @@
 *Inference*: likewise, and the reward of the last step is read. *Generation* or *imagination*: only the context is
 observed; the query is imagined under the true actions, and the reward is read at its end.
 
+*Expectation*: a dream is one guess, and one that knows nothing errs by twice what the mean picture does. So the mean of
+all dreams of a context is judged too: what is guessed cancels, and knowing nothing it is the mean picture.
+
 Rewards count as right when predicted on the true side of 1/2. Frame errors are squared errors summed over pixels and
 channels in [0, 1]; tile codes are drawn first, so both observations compare.
 """
@@ -38,6 +41,10 @@ class Scores:
     """(n,) at the last step."""
     reward_inferred: npt.NDArray[np.float32]
     reward_imagined: npt.NDArray[np.float32]
+    expectation: Floats
+    """(n, query) error of the mean of all dreams, without bias though from two of them: the mean of their errors less
+    half of how far they are apart; a single one may be below 0. (n, 0) if one alone was dreamed.
+    """
 
     @property
     def context(self) -> int:
@@ -50,7 +57,9 @@ class Scores:
         """
         cut = self.context - 1
         generation = float(self.generation.mean())
+        expected = {"expectation_mse": float(self.expectation.mean())} if self.expectation.size else {}
         return {
+            **expected,
             "reconstruction_mse": float(self.reconstruction.mean()),
             "reconstruction_mse_context": float(self.reconstruction[:, :cut].mean()) if cut else 0.0,
             "reconstruction_mse_query": float(self.reconstruction[:, cut:].mean()),
@@ -80,8 +89,11 @@ class Dream:
 
 
 @torch.no_grad()
-def dream(model: WorldModel, batch: Batch, context: int, generator: torch.Generator) -> Dream:
-    """Observe ``context`` frames of whole episodes, imagine the rest, and compare. ``generator`` samples latents.
+def dream(
+    model: WorldModel, batch: Batch, context: int, generator: torch.Generator, again: torch.Generator | None = None
+) -> Dream:
+    """Observe ``context`` frames of whole episodes, imagine the rest, and compare. ``generator`` samples latents;
+    ``again`` those of a second dream from the same context, which ``Scores.expectation`` needs.
 
     Raises DataError for episodes without frames after the context.
     """
@@ -94,14 +106,21 @@ def dream(model: WorldModel, batch: Batch, context: int, generator: torch.Genera
     before = model.observe(batch.each(lambda part: part[:, :context]), generator=generator)
     ahead = model.imagine(before.state, batch.action[:, context:], generator=generator)
     imagined = picture(ahead.observation)
+    truth = frames[:, context:]
+    generation = squared_error(imagined, truth)
+    expectation = generation[:, :0]
+    if again is not None:
+        other = picture(model.imagine(before.state, batch.action[:, context:], generator=again).observation)
+        expectation = (generation + squared_error(other, truth) - squared_error(imagined, other)) / 2
     scores = Scores(
         reconstruction=squared_error(rebuilt, frames[:, 1:]),
-        generation=squared_error(imagined, frames[:, context:]),
+        generation=generation,
         reward_true=batch.reward[:, -1].cpu().numpy(),
         reward_inferred=model.reward(seen.h[:, -1], seen.z[:, -1]).cpu().numpy(),
         reward_imagined=ahead.reward[:, -1].cpu().numpy(),
+        expectation=expectation,
     )
-    return Dream(scores, ahead.observation.cpu().numpy(), frames[:, context:], imagined)
+    return Dream(scores, ahead.observation.cpu().numpy(), truth, imagined)
 
 
 def joined(parts: list[Scores]) -> Scores:

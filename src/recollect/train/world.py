@@ -145,9 +145,12 @@ class World(Problem):
         c, split = self.config, "test" if final else "valid"
         generator = streams.torch("eval", split, device=str(_device(model)))
         gallery = Gallery()
-        metrics, curves = self._imagined(model, c.env, split, generator, gallery)
+        again = None
+        if final and c.env.observation == "image":
+            again = streams.torch("eval", split, "again", device=str(_device(model)))
+        metrics, curves = self._imagined(model, c.env, split, generator, gallery, again)
         if final and c.longer is not None:
-            beyond, more = self._imagined(model, c.longer, split, generator, None)
+            beyond, more = self._imagined(model, c.longer, split, generator)
             metrics |= {f"longer_{name}": value for name, value in beyond.items()}
             curves |= {f"longer_{name}": value for name, value in more.items()}
         if final and c.probe is not None:
@@ -187,9 +190,15 @@ class World(Problem):
         return batch._replace(observation=render_on(batch.observation))
 
     def _imagined(
-        self, model: WorldModel, env: EnvConfig, split: str, generator: torch.Generator, gallery: Gallery | None
+        self,
+        model: WorldModel,
+        env: EnvConfig,
+        split: str,
+        generator: torch.Generator,
+        gallery: Gallery | None = None,
+        again: torch.Generator | None = None,
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """Metrics and curves of all episodes of a split."""
+        """Metrics and curves of all episodes of a split; ``again`` dreams each a second time."""
         scores: list[Scores] = []
         codes: list[npt.NDArray[np.uint8]] = []
         actions: list[npt.NDArray[Any]] = []
@@ -197,7 +206,8 @@ class World(Problem):
         n_values = 1
         pictures = MeanPicture()
         for arrays in self._parts(env, split):
-            result = dream(model, self.see(self._aligned(arrays, _device(model))), env.context_length, generator)
+            batch = self.see(self._aligned(arrays, _device(model)))
+            result = dream(model, batch, env.context_length, generator, again)
             scores.append(result.scores)
             n_values = int(np.prod(result.truth_pictures.shape[2:]))
             pictures.add(result.truth_pictures)
@@ -219,6 +229,7 @@ class World(Problem):
         return metrics, {
             "generation_mse_curve": whole.generation.mean(0).tolist(),
             "reconstruction_mse_curve": whole.reconstruction.mean(0).tolist(),
+            **({} if again is None else {"expectation_mse_curve": whole.expectation.mean(0).tolist()}),
             "mean_picture_mse": pictures.error(),
         }
 

@@ -18,11 +18,14 @@ REWARDS = ("imagination_accuracy", "inference_accuracy")
 WORLD = (
     *REWARDS,
     *("doors_accuracy", "view_accuracy", "walls_accuracy", "objects_mse", "objects_rmse"),
-    *("reconstruction_mse", "generation_mse"),
+    *("reconstruction_mse", "generation_mse", "expectation_mse"),
 )
 """In the order of their columns, after the one that ranks."""
 
-FRAMES = ("reconstruction_mse_context", "reconstruction_mse_query", "generation_mse", "generation_psnr")
+FRAMES = (
+    *("reconstruction_mse_context", "reconstruction_mse_query"),
+    *("generation_mse", "expectation_mse", "generation_psnr"),
+)
 """How frames are rebuilt and dreamed, in a table of their own."""
 
 BEYOND = "longer_"
@@ -50,6 +53,7 @@ LABELS = {
     "reconstruction_mse_context": "rebuilt context, error",
     "reconstruction_mse_query": "rebuilt query, error",
     "generation_mse": "generation error",
+    "expectation_mse": "mean dream, error",
     "generation_psnr": "dreamed frames, dB",
 }
 
@@ -57,6 +61,8 @@ EXPLAINED = {
     "doors_accuracy": "Doors: whether each door of a dream is open or locked as it truly is.",
     "view_accuracy": "Tiles: of the dreamed view that are the right ones.",
     "walls_accuracy": "Walls and objects: read by a probe from what the model knows, squared errors in cells.",
+    "expectation_mse": "Mean dream: of all dreams of one context, where guesses cancel; knowing nothing it is the mean "
+    "picture.",
     "generation_psnr": "dB: peak signal-to-noise ratio; more is better.",
 }
 
@@ -109,7 +115,13 @@ def shown(family: str, headline: str, reported: Iterable[str]) -> list[str]:
     if family == "recall":
         return [name for name in RECALL if name == headline or name in there]
     own = [name for name in sorted(there) if is_share(name) and name not in WORLD]
-    names = [*WORLD[: WORLD.index("reconstruction_mse")], *own, "reconstruction_mse", "generation_mse"]
+    names = [
+        *WORLD[: WORLD.index("reconstruction_mse")],
+        *own,
+        "reconstruction_mse",
+        "generation_mse",
+        "expectation_mse",
+    ]
     if not any(is_share(name) and name != "walls_accuracy" for name in there):
         names.append("generation_psnr")
     return [headline, *(name for name in names if name in there and name != headline)]

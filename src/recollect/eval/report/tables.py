@@ -207,7 +207,7 @@ def _lines(face: FaceOff, group: str) -> list[tuple[str, dict[str, float]]]:
     if face.family(group) == "recall":
         return [(name, {"accuracy": value}) for name, value in face.oracles(group).items()]
     if (blank := face.blank(group)) is not None:
-        return [("mean picture", {"generation_mse": blank})]
+        return [("mean picture", {"generation_mse": blank, "expectation_mse": blank})]
     chance = face.line(group)
     return [] if chance is None else [("chance", dict.fromkeys(REWARDS, chance))]
 
