@@ -337,6 +337,12 @@ class TestWords:
         face = load_faceoff(write_languages(tmp_path / "b", rows=FEW, skill=skill, seeds=1))
         assert answer(face) == ["On text, HAX and SW."]
 
+    def test_many_that_are_level_are_counted(self, tmp_path: Path) -> None:
+        rows = ("none", "SW", "KS", "LSH", "HAX", "D")
+        level = dict.fromkeys(rows, 0.5)
+        face = load_faceoff(write_languages(tmp_path / "a", rows=rows, skill={**level, "D": 0.1}, seeds=1))
+        assert answer(face) == ["On text, 5 of 6 backbones are level."]
+
     def test_attention_that_harms(self, tmp_path: Path) -> None:
         skill = {"none": 0.9, "SW": 0.1, "HAX": 0.5}
         face = load_faceoff(write_languages(tmp_path, rows=FEW, skill=skill, seeds=1))

@@ -22,6 +22,9 @@ RELATIVE_TIE = 0.05
 NATS_TIE = 0.01
 """The same for losses in nats per token, whose differences mean the same at any loss: one per cent of perplexity."""
 
+NAMED = 4
+"""More leaders than this are counted and not named."""
+
 CHAPTERS = {"recall": "Words", "world": "Worlds", "language": "Text"}
 """What the groups of a family are called together."""
 
@@ -244,6 +247,8 @@ def _leading(found: Mapping[str, Verdict]) -> str:
     """Who leads one group, or leads most of several."""
     if len(found) == 1:
         (only,) = found.values()
+        if only.clears and len(only.leaders) > NAMED:
+            return f"{len(only.leaders)} of {len(only.leaders) + len(only.others)} backbones are level"
         return _names(only.leaders) if only.clears else "none yet"
     wins: dict[str, int] = {}
     for each in found.values():
