@@ -4,8 +4,9 @@
 
 Reading: a prompt of 1,024 tokens at the shape of mamba2-130m (24 layers, width 768, state 128, heads of 64) with random
 weights, as ``generate`` reads it (logits of the last position), by our model and by that of transformers on the same
-ones, at its default chunk of 256 and at 128, 64 and 32, in ``--dtype``. ``floor`` is the products with the weights alone, which all of
-them make. Every figure is measured in a process of its own, and they take turns; the least of all rounds is kept.
+ones, at its default chunk of 256 and at 128, 64 and 32, in ``--dtype``. ``floor`` is the products with the weights
+alone, which all of them make. Every figure is measured in a process of its own, and they take turns; the least of all
+rounds is kept.
 ``memory_mib`` is the high-water mark of one reading less what was held before.
 
 Writing: greedy tokens a second after 1,024, 16,384 and 65,536 tokens of context, and bytes of state, by a smaller model
