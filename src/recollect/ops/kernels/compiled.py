@@ -96,7 +96,7 @@ def _bits_as_float_form(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001 
     return result(bits), generate
 
 
-def _float_as_bits_form(typing_context: Any, x: Any) -> Any:  # noqa: ARG001 - numba's signature
+def _float32_as_bits_form(typing_context: Any, x: Any) -> Any:  # noqa: ARG001 - numba's signature
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
         return builder.bitcast(arguments[0], context.get_value_type(types.int32))
 
@@ -105,7 +105,7 @@ def _float_as_bits_form(typing_context: Any, x: Any) -> Any:  # noqa: ARG001 - n
 
 _rounded: Any = intrinsic(_rounded_form)
 _bits_as_float: Any = intrinsic(_bits_as_float_form)
-_float32_as_bits: Any = intrinsic(_float_as_bits_form)
+_float32_as_bits: Any = intrinsic(_float32_as_bits_form)
 
 
 def load(x: Any) -> Any:
