@@ -176,6 +176,14 @@ def test_first_steps_carry_no_loss() -> None:
     assert three != one
 
 
+def test_the_error_of_pictures_weighs_what_it_is_told_to() -> None:
+    batch = episodes()
+    losses = [world_model(image_weight=w).loss(batch, torch.Generator().manual_seed(0)) for w in (1.0, 5.0)]
+    (one, parts), (five, same) = losses
+    torch.testing.assert_close(five - one, 4 * parts["image"])
+    assert parts["image"] == same["image"], "what is reported is the error itself"
+
+
 def test_a_policy_dreams_and_needs_a_horizon() -> None:
     model, batch = world_model().eval(), episodes()
     state = model.observe(batch).state

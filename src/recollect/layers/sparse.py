@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from recollect.core.errors import ConfigError
 from recollect.core.layer import LayerOut, SequenceLayer
 from recollect.core.types import Aux
+from recollect.layers.moments import Moments, Past
 from recollect.layers.sparse_options import SparseOptions
 from recollect.ops.attention_map import AttentionInputs
 from recollect.ops.hashing import (
@@ -125,32 +126,51 @@ class SparseAttention(SequenceLayer):
                     n_heads=2,
                     patterns=(Lsh(4, n_bits=2, n_rounds=2, rule="argmax", rounds="probed"),),
                 ),
+                "follow": cls(
+                    d_model=8, d_key=4, patterns=(Lsh(3, n_bits=2), KeySelection(3)), qk="shared", follow=True
+                ),
+                "follow-span": cls(
+                    d_model=8,
+                    d_key=4,
+                    n_heads=2,
+                    patterns=(Lsh(4, n_bits=2, n_rounds=2), KeySelection(3)),
+                    planes="projected",
+                    explore=5,
+                    span=3,
+                    follow=True,
+                ),
+                "span": cls(d_model=8, d_key=4, patterns=(Window(5),), span=4),
                 "gate-heads": cls(
                     d_model=8, d_key=3, n_heads=2, patterns=(KeySelection(4),), learn_scale=True, selection="gate"
                 ),
             }
 
         def state_bytes(self, batch: int = 1, *, dtype: torch.dtype = torch.float32, seen: int = 0) -> int:
-            """Bytes of memory slots and, with key selection, of the running query sum."""
+            """Bytes of memory slots, of the running query sum with key selection, and of the moments looked back on."""
             slots = memory_bytes(
                 self.union, batch, self.n_heads, self.key_width, self.d_model // self.n_heads, dtype.itemsize, seen
             )
             summed = self.d_key if find(self.patterns, KeySelection) else 0
-            return slots + batch * self.n_heads * summed * accumulator_dtype(dtype).itemsize
+            looked_back = (self.span - 1 + self.follow) * (self.d_model + self.d_read) * dtype.itemsize
+            return slots + batch * (self.n_heads * summed * accumulator_dtype(dtype).itemsize + looked_back)
 
     class State(NamedTuple):
-        """The remembered keys, and the sum of the segment's queries (B, H, N) when key selection needs it."""
+        """The remembered keys, the sum of the segment's queries (B, H, N) when key selection needs it, and the inputs
+        that the next queries and keys are still made of.
+        """
 
         memory: Memory
         query_sum: Tensor
+        past: Past
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         heads, d_key = config.n_heads, config.d_key
         self.d_value = config.d_model // heads
-        self.n_projections = 1 if config.qk == "shared" else 2
-        self.to_qk = nn.Linear(config.d_read or config.d_model, self.n_projections * heads * d_key, bias=False)
+        self.moments = Moments(config.d_model + config.d_read, config.span, config.follow)
+        n_projections = 1 if config.qk == "shared" else 2
+        self.to_qk = nn.Linear(config.d_read or config.d_model, n_projections * heads * d_key, bias=False)
         if config.qk == "dual":
             nn.init.eye_(self.to_qk.weight)
         if config.init_std is not None:
@@ -192,7 +212,7 @@ class SparseAttention(SequenceLayer):
         memory = init_memory(self.union, batch, c.n_heads, c.key_width, self.d_value, device=device, dtype=dtype)
         width = c.d_key if self.key_selection else 0
         query_sum = torch.zeros(batch, c.n_heads, width, device=device, dtype=accumulator_dtype(dtype))
-        return self.State(memory, query_sum)
+        return self.State(memory, query_sum, self.moments.init_state(batch, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None) -> LayerOut:
         if self.training and self.config.planes == "redrawn":
@@ -207,10 +227,11 @@ class SparseAttention(SequenceLayer):
     def attention_inputs(self, x: Tensor) -> AttentionInputs:
         """What ``forward`` attends with over fresh sequences x (B, L, D), as ``ops.attention_map`` takes it."""
         c = self.config
-        q, k, scale = self._queries_and_keys(x)
+        asks, tells, _ = self.moments(x, None, None)
+        q, k, scale = self._queries_and_keys(asks, tells)
         buckets, score = None, None
         if self.lsh is not None:
-            buckets, _ = self._hash(x, q, k)
+            buckets, _ = self._hash(asks, tells, q, k)
         if self.key_selection is not None:
             score = self._score(k, F.normalize(running_sum(q, None, None)[0], dim=-1).to(k.dtype))
             if c.gated:
@@ -253,12 +274,13 @@ class SparseAttention(SequenceLayer):
     def _attend(self, x: Tensor, state: State | None, reset: Tensor | None, *, taught: bool) -> LayerOut:
         c = self.config
         aux: Aux = {}
-        q, k, scale = self._queries_and_keys(x)
+        asks, tells, past = self.moments(x, None if state is None else state.past, reset)
+        q, k, scale = self._queries_and_keys(asks, tells)
         v = self.to_v(x[..., : c.d_model]).unflatten(-1, (c.n_heads, self.d_value))
         explorers = self._explorers(x) if taught else None
         buckets = None
         if self.lsh is not None:
-            buckets, codes = self._hash(x, q, k)
+            buckets, codes = self._hash(asks, tells, q, k)
             if taught and codes is not None:
                 aux["hash"] = self._hash_loss(q.detach(), k.detach(), codes, explorers, reset, scale)
         score, query_sum = None, x.new_zeros(x.shape[0], c.n_heads, 0, dtype=accumulator_dtype(x.dtype))
@@ -288,7 +310,7 @@ class SparseAttention(SequenceLayer):
             attention = attend_fully(q, k, explorers, reset=reset, scale=scale).attention_BHnL
             read = torch.einsum("bhns,bshp->bnhp", attention.to(v.dtype), v)
             y = y.index_copy(1, explorers, read.to(y.dtype))
-        return LayerOut(self.out(y.flatten(-2)), self.State(memory, query_sum), aux)
+        return LayerOut(self.out(y.flatten(-2)), self.State(memory, query_sum, past), aux)
 
     def _explorers(self, x: Tensor) -> Tensor | None:
         """Positions (n,) of the queries that read everything this time, in order."""
@@ -296,13 +318,14 @@ class SparseAttention(SequenceLayer):
             return None
         return torch.randperm(x.shape[1], device=x.device)[: self.config.explore].sort().values
 
-    def _hash(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Buckets, tuple[Tensor, Tensor] | None]:
+    def _hash(self, asks: Tensor, tells: Tensor, q: Tensor, k: Tensor) -> tuple[Buckets, tuple[Tensor, Tensor] | None]:
         """The buckets of queries and keys, and the projections that gave them where a loss is to train them."""
         assert self.lsh is not None
         c = self.config
         if c.planes == "projected":
             shape = (2, c.n_heads, self.lsh.n_hashes, self.lsh.n_planes)
-            codes = q_code, k_code = self.to_hash(x.detach()).unflatten(-1, shape).unbind(2)
+            projected = self._two(self.to_hash, asks.detach(), tells.detach()).unflatten(-1, shape)
+            codes = q_code, k_code = projected.unbind(2)
             return self._buckets(q_code, k_code), codes
         planes = self.current_planes()
         buckets = self._buckets(project(q, planes), project(k, planes))
@@ -337,12 +360,26 @@ class SparseAttention(SequenceLayer):
         q_code, k_code = (soft_code(code, rule) for code in codes)
         return hash_loss(taught, q_code, k_code, rule, n_keys=self.lsh.n_keys // self.lsh.n_rounds)
 
-    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _two(self, linear: nn.Linear, asks: Tensor, tells: Tensor, *, shared: bool = False) -> Tensor:
+        """Of a linear map the first half of what ``asks`` gives, beside the other half of what ``tells`` gives; where
+        it is ``shared``, all of both, and once where they are one.
+        """
+        if asks is tells:
+            return linear(asks)
+        if shared:
+            return torch.cat([linear(asks), linear(tells)], -1)
+        of_asks, of_tells = linear.weight.chunk(2)
+        for_asks, for_tells = (None, None) if linear.bias is None else linear.bias.chunk(2)
+        return torch.cat([F.linear(asks, of_asks, for_asks), F.linear(tells, of_tells, for_tells)], -1)
+
+    def _queries_and_keys(self, asks: Tensor, tells: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """q, k (B, L, H, N) and the factor on their products; a learned one is already in q."""
         c = self.config
-        projected = self.to_qk(x[..., c.d_model :] if c.d_read else x).unflatten(
-            -1, (self.n_projections, c.n_heads, c.d_key)
-        )
+        if c.d_read:
+            asks, tells = asks[..., c.d_model :], None
+        tells = asks if tells is None else tells
+        projected = self._two(self.to_qk, asks, tells, shared=c.qk == "shared")
+        projected = projected.unflatten(-1, (-1, c.n_heads, c.d_key))
         if c.normalise == "l2":
             # Under autocast norms are float32, and would make the queries and keys so.
             projected = F.normalize(projected, dim=-1).to(projected.dtype)

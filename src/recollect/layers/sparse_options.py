@@ -39,6 +39,12 @@ class SparseOptions(LayerConfig):
         a trained mixer begins where its C_i . B_j point, without the decay, and reads what the mixer thought worth
         keeping. Needs ``n_heads * d_key`` equal to their width; with ``normalise="l2"``, as lengths there are weights
         and not nearness.
+    ``span``, ``follow``
+        Queries and keys, and what they are hashed by, are made from the last ``span`` inputs through a convolution of
+        each channel (``layers.moments``) instead of from the input alone; values are not. With ``follow`` a position's
+        value stands under the key of the position before: a query that resembles an earlier moment reads what came
+        after it, in one layer, where an induction head (arXiv 2209.11895) takes two. With ``qk="shared"`` it does so
+        before any training, and the longer the span the more surely. Carries ``span - 1`` inputs on, and one.
     ``normalise``
         None; "l2" makes queries and keys unit vectors (query-key normalisation, arXiv 2010.04245), so that logits are
         bounded and nearness in attention is nearness in angle, which is what the hash sees. Costs O(L N).
@@ -80,6 +86,8 @@ class SparseOptions(LayerConfig):
     init_std: float | None = None
     include_self: bool = False
     qk: QueryKey = "separate"
+    span: int = 1
+    follow: bool = False
     normalise: Normalise | None = None
     scale: float | None = None
     learn_scale: bool = False
@@ -91,7 +99,7 @@ class SparseOptions(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_patterns(self.patterns)
-        for name in ("d_key", "n_heads"):
+        for name in ("d_key", "n_heads", "span"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{self.kind}: {name} must be at least 1, got {getattr(self, name)}")
         if self.samples is not None and self.samples < 1:
@@ -116,6 +124,10 @@ class SparseOptions(LayerConfig):
         self._check_combination()
 
     def _check_combination(self) -> None:
+        if self.qk == "dual" and (self.span > 1 or self.follow):
+            raise ConfigError(
+                f"{self.kind}: qk=dual takes queries and keys as the mixer made them; leave out span and follow"
+            )
         if self.planes != "fixed" and find(self.patterns, Lsh) is None:
             raise ConfigError(
                 f"{self.kind}: planes={self.planes} needs Lsh among the patterns; add it or leave planes out"

@@ -97,6 +97,7 @@ class WorldModel(nn.Module):
         """Width of the MLPs of features and heads."""
         kl_balance: float = 0.8
         free_nats: float = 1.0
+        image_weight: float = 1.0
         kl_weight: float = 1.0
         reward_weight: float = 1.0
         continue_weight: float = 1.0
@@ -157,7 +158,7 @@ class WorldModel(nn.Module):
         image = in_chunks(self._image_loss, c.frames_at_once, features, counted(batch.observation)).mean()
         kl = counted(latent.kl_divergence(seen.log_q, seen.log_p)).mean()
         balanced = counted(latent.balanced_kl(seen.log_q, seen.log_p, c.kl_balance, c.free_nats)).mean()
-        total = image + c.kl_weight * balanced
+        total = c.image_weight * image + c.kl_weight * balanced
         metrics = {"image": image, "kl": kl, **seen.aux}
         if c.reward_weight:
             metrics["reward"] = _cross_entropy(self.reward_head, features, counted(batch.reward))

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from recollect.envs import ENVS, DistractingMemory, EnvConfig, MultiDoorsKeys, Rooms, find
+from recollect.envs.rooms.scene import SIZE
 from recollect.envs.rooms.walk import FirstPersonConfig
 from recollect.models.latent import LatentConfig
 from recollect.models.presets import Size, preset
@@ -74,6 +75,8 @@ class Scale:
             depth=self.depth,
             batch_size=self.batch_size,
             frames_at_once=self.frames_at_once,
+            # Of squares of a picture 64 wide: each stands for so many pixels.
+            image_weight=(SIZE / self.side) ** 2 if isinstance(env, FirstPersonConfig) else 1.0,
             # The likelihood of tiles is in nats as the KL is, not in squared pixels: what one spares is not free.
             free_nats=0.1 if tiles else 1.0,
             # Of all frames of an episode only the last is asked: in a mean over frames its reward would not be heard.

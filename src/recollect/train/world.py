@@ -53,6 +53,9 @@ class WorldConfig(ProblemConfig, kind="world"):
     depth: int = 16
     """Channels of the first convolution, with pixels."""
     batch_size: int = 16
+    image_weight: float = 1.0
+    """On the error of the observation. Pictures that are means over k x k squares want k^2: a nat of the latents then
+    costs what it does on the whole picture, and they hold enough of it to tell places apart."""
     reward_weight: float = 1.0
     continue_weight: float = 1.0
     kl_weight: float = 1.0
@@ -96,6 +99,7 @@ class WorldConfig(ProblemConfig, kind="world"):
             dynamics=self.dynamics,
             vision=vision,
             hidden=self.hidden,
+            image_weight=self.image_weight,
             kl_weight=self.kl_weight,
             free_nats=self.free_nats,
             reward_weight=self.reward_weight,
