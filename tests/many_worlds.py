@@ -53,6 +53,9 @@ def metrics_of(env: dict[str, Any], skill: float) -> tuple[str, dict[str, float]
         "reconstruction_mse_query": 1.1 - skill / 2,
         "generation_mse": error,
         "generation_psnr": 20 + 10 * skill,
+        "surprise_context": 9 - skill,
+        "surprise_query": 9 * (1 - skill),
+        "recalled": 1 - 9 * (1 - skill) / (9 - skill),
     }
     if env["kind"] == "distracting-memory":
         right = {"inference_accuracy": 0.99, "imagination_accuracy": 0.5 + skill / 2}

@@ -85,6 +85,7 @@ class TestWorld:
         assert len(scored.details["generation_mse_curve"]) == scored.details["query"] == 6
         assert np.mean(scored.details["generation_mse_curve"]) == pytest.approx(scored.metrics["generation_mse"])
         frames = np.concatenate([dream_of(problem, model, i).truth_pictures[0] for i in range(5)]) / 255.0
+        assert len(scored.details["surprise_curve"]) == scored.details["context"] + 6 - 1
         around = ((frames - frames.mean(0)) ** 2).sum((1, 2, 3)).mean()
         assert scored.details["mean_picture_mse"] == pytest.approx(around)
         assert scored.arrays["strip_truth"].shape == scored.arrays["strip_imagined"].shape == (4, 6, 40, 40, 3)
@@ -155,6 +156,7 @@ class TestDream:
             reward_inferred=np.array([0.9, 0.1, 0.6, 0.4], np.float32)[:n],
             reward_imagined=np.array([0.9, 0.9, 0.1, 0.4], np.float32)[:n],
             expectation=np.zeros((n, 0)),
+            surprise=np.tile([6.0, 10.0, 3.0, 1.0], (n, 1)),
         )
 
     def dreams(self, *errors: float) -> Dream:
@@ -165,6 +167,11 @@ class TestDream:
 
     def test_accuracies_count_the_right_side_of_a_half(self) -> None:
         assert self.scores().rewards() == {"inference_accuracy": 1.0, "imagination_accuracy": 0.5}
+
+    def test_a_query_that_was_foretold_surprises_less(self) -> None:
+        errors = self.scores().errors(1)
+        assert (errors["surprise_context"], errors["surprise_query"]) == (8.0, 2.0)
+        assert errors["recalled"] == 0.75
 
     def test_errors_tell_context_and_query_apart(self) -> None:
         reconstruction = np.array([[1.0, 2.0, 6.0, 8.0]] * 4)

@@ -122,6 +122,14 @@ class TestWorldModel:
         assert np.array_equal(clean.scores.reward_imagined, other.scores.reward_imagined)
         assert not np.array_equal(clean.truth_pictures, other.truth_pictures)
 
+    def test_surprise_is_what_the_loss_pays_for(self, kind: str) -> None:
+        model, batch = world_model(kind).eval(), episodes()
+        context = DistractingMemory.Config(width=11).context_length
+        scores = dream(model, batch, context, torch.Generator().manual_seed(0)).scores
+        _, parts = model.loss(batch, torch.Generator().manual_seed(0))
+        assert scores.surprise.shape == scores.reconstruction.shape
+        assert scores.surprise.mean() == pytest.approx(float(parts["kl"]))
+
     def test_the_mean_of_all_dreams_is_judged_by_two(self, kind: str) -> None:
         model, batch = world_model(kind).float().eval(), single(episodes())
         context = DistractingMemory.Config(width=11).context_length

@@ -7,6 +7,10 @@ observed; the query is imagined under the true actions, and the reward is read a
 *Expectation*: a dream is one guess, and one that knows nothing errs by twice what the mean picture does. So the mean of
 all dreams of a context is judged too: what is guessed cancels, and knowing nothing it is the mean picture.
 
+*Surprise*: the whole episode is observed, and every frame costs KL[posterior || prior] nats: what it tells beyond what
+all before it foretold. Where a query shows again what the context showed, the share by which it surprises less is
+memory, even if a dream, which has to live with its own guesses, is lost by then.
+
 Rewards count as right when predicted on the true side of 1/2. Frame errors are squared errors summed over pixels and
 channels in [0, 1]; tile codes are drawn first, so both observations compare.
 """
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from recollect.core.errors import DataError
 from recollect.eval.pictures import render_on
+from recollect.models.latent import kl_divergence
 from recollect.models.world_model import Batch, WorldModel
 
 Bytes = npt.NDArray[np.uint8]
@@ -45,6 +50,8 @@ class Scores:
     """(n, query) error of the mean of all dreams, without bias though from two of them: the mean of their errors less
     half of how far they are apart; a single one may be below 0. (n, 0) if one alone was dreamed.
     """
+    surprise: Floats
+    """(n, T - 1) nats of every observed frame, from the second on."""
 
     @property
     def context(self) -> int:
@@ -52,8 +59,8 @@ class Scores:
         return self.reconstruction.shape[1] + 1 - self.generation.shape[1]
 
     def errors(self, n_values: int) -> dict[str, float]:
-        """Mean frame errors, context and query apart, and the dream's peak signal-to-noise ratio in dB, for frames of
-        ``n_values`` numbers.
+        """Mean frame errors and surprise, context and query apart, and the dream's peak signal-to-noise ratio in dB
+        for frames of ``n_values`` numbers.
         """
         cut = self.context - 1
         generation = float(self.generation.mean())
@@ -63,8 +70,19 @@ class Scores:
             "reconstruction_mse": float(self.reconstruction.mean()),
             "reconstruction_mse_context": float(self.reconstruction[:, :cut].mean()) if cut else 0.0,
             "reconstruction_mse_query": float(self.reconstruction[:, cut:].mean()),
+            **self._surprises(cut),
             "generation_mse": generation,
             "generation_psnr": float(-10 * np.log10(max(generation / n_values, 1e-10))),
+        }
+
+    def _surprises(self, cut: int) -> dict[str, float]:
+        """Mean nats a frame in context and query, and the share by which the query's are fewer."""
+        query = float(self.surprise[:, cut:].mean())
+        context = float(self.surprise[:, :cut].mean()) if cut else 0.0
+        return {
+            "surprise_context": context,
+            "surprise_query": query,
+            "recalled": 1 - query / context if context else 0.0,
         }
 
     def rewards(self) -> dict[str, float]:
@@ -119,6 +137,7 @@ def dream(
         reward_inferred=model.reward(seen.h[:, -1], seen.z[:, -1]).cpu().numpy(),
         reward_imagined=ahead.reward[:, -1].cpu().numpy(),
         expectation=expectation,
+        surprise=kl_divergence(seen.log_q[:, 1:], seen.log_p[:, 1:]).double().cpu().numpy(),
     )
     return Dream(scores, ahead.observation.cpu().numpy(), truth, imagined)
 

@@ -233,6 +233,7 @@ class World(Problem):
         return metrics, {
             "generation_mse_curve": whole.generation.mean(0).tolist(),
             "reconstruction_mse_curve": whole.reconstruction.mean(0).tolist(),
+            "surprise_curve": whole.surprise.mean(0).tolist(),
             **({} if again is None else {"expectation_mse_curve": whole.expectation.mean(0).tolist()}),
             "mean_picture_mse": pictures.error(),
         }

@@ -25,6 +25,7 @@ WORLD = (
 FRAMES = (
     *("reconstruction_mse_context", "reconstruction_mse_query"),
     *("generation_mse", "expectation_mse", "generation_psnr"),
+    *("surprise_context", "surprise_query", "recalled"),
 )
 """How frames are rebuilt and dreamed, in a table of their own."""
 
@@ -55,6 +56,9 @@ LABELS = {
     "generation_mse": "generation error",
     "expectation_mse": "mean dream, error",
     "generation_psnr": "dreamed frames, dB",
+    "surprise_context": "surprise in the context, nats",
+    "surprise_query": "surprise in the query, nats",
+    "recalled": "less surprise in the query, %",
 }
 
 EXPLAINED = {
@@ -63,6 +67,8 @@ EXPLAINED = {
     "walls_accuracy": "Walls and objects: read by a probe from what the model knows, squared errors in cells.",
     "expectation_mse": "Mean dream: of all dreams of one context, where guesses cancel; knowing nothing it is the mean "
     "picture.",
+    "recalled": "Surprise: KL of posterior and prior, what a frame tells that was not foretold, by each row's own "
+    "latents; rows compare in the share by which the query surprises less.",
     "generation_psnr": "dB: peak signal-to-noise ratio; more is better.",
 }
 
@@ -79,7 +85,12 @@ def label(metric: str) -> str:
 def is_share(metric: str) -> bool:
     """Whether a metric is a share in [0, 1], written in per cent."""
     name = metric.removeprefix(BEYOND)
-    return name in RECALL or name.endswith("accuracy")
+    return name in RECALL or name == "recalled" or name.endswith("accuracy")
+
+
+def compares(metric: str) -> bool:
+    """Whether one row's number can be better than another's."""
+    return not metric.removeprefix(BEYOND).startswith("surprise")
 
 
 def lower_is_better(metric: str) -> bool:
@@ -114,7 +125,8 @@ def shown(family: str, headline: str, reported: Iterable[str]) -> list[str]:
     there = {name for name in reported if not name.startswith(BEYOND)}
     if family == "recall":
         return [name for name in RECALL if name == headline or name in there]
-    own = [name for name in sorted(there) if is_share(name) and name not in WORLD]
+    shares = [name for name in sorted(there) if is_share(name) and name not in FRAMES]
+    own = [name for name in shares if name not in WORLD]
     names = [
         *WORLD[: WORLD.index("reconstruction_mse")],
         *own,
@@ -122,7 +134,7 @@ def shown(family: str, headline: str, reported: Iterable[str]) -> list[str]:
         "generation_mse",
         "expectation_mse",
     ]
-    if not any(is_share(name) and name != "walls_accuracy" for name in there):
+    if set(shares) <= {"walls_accuracy"}:
         names.append("generation_psnr")
     return [headline, *(name for name in names if name in there and name != headline)]
 

@@ -12,6 +12,7 @@ from recollect.eval.report.metrics import (
     FRAMES,
     REWARDS,
     beyond,
+    compares,
     explained,
     label,
     lower_is_better,
@@ -193,7 +194,7 @@ def _published(face: FaceOff, group: str, metrics: Sequence[str]) -> tuple[list[
 
 def _best(rows: Sequence[Row], metric: str) -> float | None:
     means = [stat.mean for row in rows if (stat := row.metric(metric))]
-    if len(means) < 2:
+    if len(means) < 2 or not compares(metric):
         return None
     return min(means) if lower_is_better(metric) else max(means)
 
