@@ -7,7 +7,7 @@ memories take the same number: the MLP's width is what their mixers leave, and t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -53,9 +53,10 @@ class Size(Config, kind="world-size"):
     latent: LatentConfig = field(default_factory=lambda: LatentConfig(groups=16, classes=16))
     window: int = 64
     """Positions that the Transformer-XL's queries see."""
-    n_keys: int = 32
-    """Keys per query of sparse attention, half by hash and half by selection."""
-    n_bits: int = 3
+    n_keys: int = 64
+    """Keys per query of sparse attention, a quarter of them by selection and the others by hash: frames move slowly,
+    and those just seen fill a bucket before what looked like them long ago."""
+    n_bits: int = 5
     """Of the hash: its state grows with 2^n_bits buckets."""
     chunk: int = 64
     """Steps that the RSSM's gradients reach back."""
@@ -80,24 +81,49 @@ def preset(name: str, size: Size) -> DynamicsConfig:
 
 def _blocks(size: Size, *mixers: LayerConfig) -> S4WM.Config:
     """Blocks of these mixers and an MLP of the parameters that they leave."""
-    left = size.block_parameters - sum(map(_parameters, mixers))
-    # Two matrices of d_model x expand d_model; biases are few.
-    expand = max(LEAST_EXPAND, round(8 * left / (2 * size.d_model**2)) / 8)
-    mlp = Mlp.Config(size.d_model, expand=expand)
-    backbone = Backbone.Config(size.d_model, (*mixers, mlp) * size.n_blocks, "layer")
-    return S4WM.Config(backbone, latent=size.latent, hidden=size.hidden)
+    return _each_block(size, [mixers] * size.n_blocks)
+
+
+def _each_block(size: Size, blocks: Sequence[Sequence[LayerConfig]]) -> S4WM.Config:
+    """Likewise, of mixers that may differ from block to block."""
+    layers: list[LayerConfig] = []
+    for mixers in blocks:
+        left = size.block_parameters - sum(map(_parameters, mixers))
+        # Two matrices of d_model x expand d_model; biases are few.
+        expand = max(LEAST_EXPAND, round(8 * left / (2 * size.d_model**2)) / 8)
+        layers += [*mixers, Mlp.Config(size.d_model, expand=expand)]
+    return S4WM.Config(Backbone.Config(size.d_model, tuple(layers), "layer"), latent=size.latent, hidden=size.hidden)
 
 
 def _s5(size: Size) -> S5.Config:
     return S5.Config(size.d_model, d_state=size.d_model)
 
 
+SPANS = (1, 8)
+"""Inputs that HAX's queries and keys are made of, block by block in turn: one finds its like at once, where
+imagination begins; eight tell a moment from all that looks like it."""
+
+
 def _haxwm(size: Size) -> DynamicsConfig:
-    """S5 with HAX's attention joined to the second layer of every block; a small gate lets S5 begin alone."""
-    half = size.n_keys // 2
-    recommended = HAX.Config.recommended(size.d_model, _s5(size), gate_init=0.1)
-    hashed = Lsh(half, n_bits=size.n_bits, n_rounds=2, rule="argmax", rounds="probed")
-    return _blocks(size, _s5(size), replace(recommended, patterns=(hashed, KeySelection(half))))
+    """S5 with attention joined to the second layer of every block, which reads what followed the moments like this one.
+
+    Hashing alone has fixed planes: queries and keys share their map, so that what is alike meets without any training.
+    """
+    hashed = Lsh(3 * size.n_keys // 4, n_bits=size.n_bits, n_rounds=2, rule="argmax", rounds="probed")
+    hax = HAX.Config(
+        size.d_model,
+        mixer=_s5(size),
+        patterns=(hashed, KeySelection(size.n_keys // 4)),
+        d_key=16,
+        n_heads=4,
+        qk="shared",
+        follow=True,
+        normalise="l2",
+        scale=30.0,
+        learn_scale=True,
+        explore=128,
+    )
+    return _each_block(size, [(_s5(size), replace(hax, span=SPANS[i % len(SPANS)])) for i in range(size.n_blocks)])
 
 
 def _rssm(size: Size) -> DynamicsConfig:
