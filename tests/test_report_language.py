@@ -231,6 +231,27 @@ class TestTables:
         assert "Guesser: " in found.note
         assert "10 prompts at each depth and seed" in found.note
 
+    def test_what_is_found_by_place(self, face: FaceOff) -> None:
+        found = table_of(face, "language-places")
+        assert found.columns == tuple(row.name for row in face.ranked("language"))
+        names = ("beginning", "middle", "end")
+        assert [row.name for row in found.rows] == [f"{n:,}, {place}" for n in LENGTHS for place in names]
+        cell = found.rows[-1].cells[0]
+        # Two tasks find 90 % of a quarter at the end, joint recall half of it, the second seed nine tenths; the task
+        # without a place is not in it.
+        assert text(cell.text) == "17.8 ± 1.3"
+        assert cell.best
+        assert float(text(found.rows[-3].cells[0].text).split()[0]) == pytest.approx(0.8 * 17.8, abs=0.1)
+
+    def test_one_place_alone_has_no_table(self, fresh: Path) -> None:
+        def once(results: dict[str, Any]) -> None:
+            suite = results["details"]["suite"]
+            suite["rows"] = [case for case in suite["rows"] if case["depth"] in (None, 0.5)]
+
+        for row in FEW:
+            changed(fresh, "language", row, once)
+        assert [table.group for table in tables(load_faceoff(fresh))] == ["language", "language-suite"]
+
     def test_where_nothing_is_found_nothing_is_best(self, tmp_path: Path) -> None:
         write_languages(tmp_path, rows=FEW, skill=dict.fromkeys(FEW, 0.0))
         face = load_faceoff(tmp_path)
@@ -361,8 +382,9 @@ class TestWords:
         assert answer(face) == ["On text, HAX leads or is level in 2 of 2."]
         assert [said[:23] for said in sentences(face)] == ["On text (code), HAX has", "On text (prose), HAX ha"]
         assert [found.title for found in tables(face)] == [
-            *("Text: code", "Text: code, every task of the long-context suite"),
-            *("Text: prose", "Text: prose, every task of the long-context suite"),
+            f"Text: {name}{table}"
+            for name in ("code", "prose")
+            for table in ("", ", what is found where", ", every task of the long-context suite")
         ]
 
 
@@ -377,7 +399,9 @@ class TestOtherFamilies:
     def test_they_stand_beside_each_other(self, both: Path) -> None:
         face = load_faceoff(both)
         assert answer(face) == ["In worlds, haxwm.", "On text, HAX."]
-        assert [found.group for found in tables(face)] == ["maze-9x9", "language", "language-suite"]
+        assert [found.group for found in tables(face)] == [
+            *("maze-9x9", "language", "language-places", "language-suite")
+        ]
         world, text_ = chapters(face, {})
         assert (world.title, text_.title) == ("Worlds: maze-9x9", "Text")
         assert world.browsers

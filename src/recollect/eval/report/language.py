@@ -135,6 +135,26 @@ def maps(row: Row) -> list[dict[str, Any]]:
     ]
 
 
+def depths(rows: Iterable[Row]) -> list[tuple[int, float]]:
+    """The (length, depth) at which answers stood, shortest text first, from its beginning (0) to its end (1)."""
+    return sorted(
+        {(case["length"], case["depth"]) for row in rows for case in _cases(row) if case["depth"] is not None}
+    )
+
+
+def found_at(row: Row, length: int, depth: float) -> Stat | None:
+    """The share of answers that is found where they stand at a depth of texts of a length, tasks weighing alike."""
+    seeds: list[float] = []
+    for suite in row.detail("suite"):
+        by_task: dict[str, list[float]] = {}
+        for case in suite.get("rows", ()):
+            if case["status"] == "measured" and (case["length"], case["depth"]) == (length, depth):
+                by_task.setdefault(case["task"], []).append(float(case["found"]))
+        if by_task:
+            seeds.append(sum(sum(found) / len(found) for found in by_task.values()) / len(by_task))
+    return Stat.of(seeds) if seeds else None
+
+
 def longest(rows: Iterable[Row]) -> int | None:
     """The greatest length whose loss by position every row reports that reports any; None where none does."""
     known = [set(map(int, seed)) for row in rows for seed in row.detail("by_position")]

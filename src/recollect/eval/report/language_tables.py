@@ -1,4 +1,4 @@
-"""The tables of a language group: losses, answers found and costs by row; and every task of the suite by length."""
+"""The tables of a language group: losses, answers found and costs by row; and the suite by task and by place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import NamedTuple
 
 from recollect.eval.report.columns import PARAMETERS, SPEED, STATE, STEPS, Column, spread_note, waiting_rows
 from recollect.eval.report.data import FaceOff, Row, Stat
-from recollect.eval.report.language import Asked, asked, loss_lengths, share_found, suite_lengths, task_found, told
+from recollect.eval.report.language import (
+    Asked,
+    asked,
+    depths,
+    found_at,
+    loss_lengths,
+    share_found,
+    suite_lengths,
+    task_found,
+    told,
+)
 from recollect.eval.report.metrics import LOSS
 from recollect.eval.report.text import (
     Cell,
@@ -23,6 +33,11 @@ from recollect.eval.report.text import (
 
 SUITE = "-suite"
 """After a group's name: the table of its tasks."""
+
+PLACES = "-places"
+"""After a group's name: the table of where in the text answers stood."""
+
+PLACE_NAMES = {0.0: "beginning", 0.5: "middle", 1.0: "end"}
 
 REFERENCES = ("guesser", "chance")
 
@@ -42,9 +57,9 @@ class _Score(NamedTuple):
 
 
 def language_tables(face: FaceOff, group: str) -> list[Table]:
-    """The results of a language group and, where the suite was asked, every task of it."""
-    tasks = suite_table(face, group)
-    return [language_table(face, group), *([] if tasks is None else [tasks])]
+    """The results of a language group and, where the suite was asked, what was found by place and by task."""
+    suite = (places_table(face, group), suite_table(face, group))
+    return [language_table(face, group), *(table for table in suite if table is not None)]
 
 
 def language_table(face: FaceOff, group: str) -> Table:
@@ -86,6 +101,28 @@ def language_table(face: FaceOff, group: str) -> Table:
     ]
     terminal = tuple(columns.index(name) for name in (*kept, "state"))
     return Table(group, group_title(face, group), columns, tuple(rows), _note(face, group), terminal=terminal)
+
+
+def places_table(face: FaceOff, group: str) -> Table | None:
+    """What is found by length and by place, all tasks together, by rows; None where one place alone was asked about."""
+    ranked = face.ranked(group)
+    lines: list[TableRow] = []
+    places = depths(ranked)
+    if len({depth for _, depth in places}) < 2:
+        return None
+    for length, depth in places:
+        score = _Score("", lambda row, at=(length, depth): found_at(row, *at), share_text, max)
+        best = _best(ranked, score)
+        name = PLACE_NAMES.get(depth, f"{100 * depth:.0f} %")
+        lines.append(TableRow(f"{length:,}, {name}", tuple(_cell(score, score.value(row), best) for row in ranked)))
+    note = (
+        "Share of answers found by where in the text they stand, %, tasks weighing alike; best in bold. A share by "
+        "length alone also favours a row that keeps the first tokens whatever they are."
+    )
+    title = chapter_title(face, group)
+    title += f"{',' if ':' in title else ':'} what is found where"
+    columns = tuple(row.name for row in ranked)
+    return Table(f"{group}{PLACES}", title, columns, tuple(lines), note, corner="tokens, place", terminal=())
 
 
 def suite_table(face: FaceOff, group: str) -> Table | None:
