@@ -279,14 +279,16 @@ def _umask() -> int:
 
 
 def parse_hax(assignments: Iterable[str]) -> Beside:
-    """``k=128``, ``pattern=SW+D``, ``gate=0``, ``planes=fixed``, ``dual=true``. ConfigError for anything else."""
-    names = {"k": "n_keys"} | {name: name for name in ("n_keys", "pattern", "gate", "planes", "dual")}
-    kinds: dict[str, Callable[[str], Any]] = {"n_keys": int, "gate": float, "dual": _truth}
+    """``k=128``, ``pattern=SW+D``, ``gate=0``, ``planes=fixed``, ``dual=true``, ``follow=16``; else ConfigError."""
+    names = {"k": "n_keys"} | {name: name for name in ("n_keys", "pattern", "gate", "planes", "dual", "follow")}
+    kinds: dict[str, Callable[[str], Any]] = {"n_keys": int, "gate": float, "dual": _truth, "follow": int}
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
         if name not in names or not text:
-            raise ConfigError(f"--hax {assignment}: give k=N, pattern=NAME, gate=X, planes=fixed|redrawn or dual=true")
+            raise ConfigError(
+                f"--hax {assignment}: give k=N, pattern=NAME, gate=X, planes=fixed|redrawn, dual=true or follow=N"
+            )
         try:
             values[names[name]] = kinds.get(names[name], str)(text)
         except (ValueError, KeyError):

@@ -46,6 +46,9 @@ class HAX(SequenceLayer):
         mixer: LayerConfig = field(default_factory=lambda: Mamba2.Config(64))
         arrangement: Literal["parallel", "sequence"] = "parallel"
         gate_init: float = 1.0
+        written: bool = False
+        """Values are what a selective mixer writes, dt u, in units of the layer's mean step, instead of u: what it
+        passed over adds next to nothing. ``qk="dual"`` does so anyway."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -59,10 +62,11 @@ class HAX(SequenceLayer):
                 raise ConfigError(
                     f"{self.kind}: {self.mixer.kind} has no inner activations to branch from; use arrangement=sequence"
                 )
-            if self.qk == "dual" and not (self.arrangement == "parallel" and getattr(self.mixer, "dual", 0)):
+            asked = "qk=dual" if self.qk == "dual" else "written=true" if self.written else ""
+            if asked and not (self.arrangement == "parallel" and getattr(self.mixer, "dual", 0)):
                 raise ConfigError(
-                    f"{self.kind}: qk=dual needs arrangement=parallel and a mixer with queries and keys of its own, "
-                    f"mamba or mamba2, not {self.mixer.kind}"
+                    f"{self.kind}: {asked} needs arrangement=parallel and a mixer with queries, keys and values of its "
+                    f"own, mamba or mamba2, not {self.mixer.kind}"
                 )
             _ = self.attention  # raises the attention's own ConfigErrors now rather than at build
 
@@ -70,7 +74,7 @@ class HAX(SequenceLayer):
         def attention(self) -> SparseAttention.Config:
             """The sparse attention that joins the mixer."""
             if self.arrangement == "parallel" and isinstance(self.mixer, BranchedConfig):
-                read = 2 * self.mixer.dual if self.qk == "dual" else 0
+                read = 2 * self.mixer.dual if self.qk == "dual" else self.mixer.inner if self.written else 0
                 return SparseAttention.Config(self.mixer.inner, project=False, d_read=read, **self.options())
             return SparseAttention.Config(self.d_model, **self.options())
 
@@ -160,6 +164,16 @@ class HAX(SequenceLayer):
                 "mamba-dual": cls(
                     8, mixer=Mamba.Config.tiny(), patterns=hax, d_key=Mamba.Config.tiny().dual, qk="dual"
                 ),
+                "mamba2-follow": cls(
+                    6,
+                    mixer=Mamba2.Config(6, d_state=4, d_head=3),
+                    patterns=hax,
+                    d_key=4,
+                    qk="shared",
+                    span=3,
+                    follow=True,
+                    written=True,
+                ),
                 "mamba2-dual": cls(
                     6,
                     mixer=Mamba2.Config(6, d_state=4, d_head=3, n_groups=2),
@@ -248,12 +262,12 @@ class HAX(SequenceLayer):
         return mixed + attended * self.gate, self.State(mixer, attention)
 
     def _read(self, u: Tensor, dual: Callable[[], Dual] | None) -> Tensor:
-        """What the attention is given: u; with ``qk="dual"`` the mixer's values, then its queries and keys."""
-        if self.config.qk != "dual":
+        """What the attention is given: u; or the mixer's values, then what queries and keys are made from."""
+        if self.config.qk != "dual" and not self.config.written:
             return u
         assert dual is not None
         own = dual()
-        return torch.cat([own.values, own.queries, own.keys], -1)
+        return torch.cat([own.values, *([own.queries, own.keys] if self.config.qk == "dual" else [u])], -1)
 
 
 def _arrangement(mixer: LayerConfig) -> Literal["parallel", "sequence"]:

@@ -57,16 +57,16 @@ class SparseAttention(SequenceLayer):
 
         project: bool = True
         d_read: int = 0
-        """With ``qk="dual"``: columns of the input after the first ``d_model``, queries' before keys', and all that
-        these are made from; values are made from the others."""
+        """Columns of the input after the first ``d_model``: queries and keys are made from these, values from the
+        others; 0: all from the same. With ``qk="dual"`` queries' stand before keys'."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
             if self.qk == "dual" and not self.d_read:
                 raise ConfigError(f"{self.kind}: qk=dual takes the queries and keys of a mixer; use it within hax")
-            if self.d_read != (2 * self.n_heads * self.d_key if self.qk == "dual" else 0):
+            if self.qk == "dual" and self.d_read != 2 * self.n_heads * self.d_key:
                 raise ConfigError(
-                    f"{self.kind}: qk={self.qk} reads {self.d_read // 2} numbers for queries and as many for keys; "
+                    f"{self.kind}: qk=dual reads {self.d_read // 2} numbers for queries and as many for keys; "
                     f"n_heads * d_key must be that, got {self.n_heads} * {self.d_key}"
                 )
             if self.qk == "dual" and self.init_std is not None:
@@ -151,7 +151,7 @@ class SparseAttention(SequenceLayer):
                 self.union, batch, self.n_heads, self.key_width, self.d_model // self.n_heads, dtype.itemsize, seen
             )
             summed = self.d_key if find(self.patterns, KeySelection) else 0
-            looked_back = (self.span - 1 + self.follow) * (self.d_model + self.d_read) * dtype.itemsize
+            looked_back = (self.span - 1 + self.follow) * (self.d_read or self.d_model) * dtype.itemsize
             return slots + batch * (self.n_heads * summed * accumulator_dtype(dtype).itemsize + looked_back)
 
     class State(NamedTuple):
@@ -168,7 +168,7 @@ class SparseAttention(SequenceLayer):
         self.config = config
         heads, d_key = config.n_heads, config.d_key
         self.d_value = config.d_model // heads
-        self.moments = Moments(config.d_model + config.d_read, config.span, config.follow)
+        self.moments = Moments(config.d_read or config.d_model, config.span, config.follow)
         n_projections = 1 if config.qk == "shared" else 2
         self.to_qk = nn.Linear(config.d_read or config.d_model, n_projections * heads * d_key, bias=False)
         if config.qk == "dual":
@@ -185,7 +185,8 @@ class SparseAttention(SequenceLayer):
         self.plane_seed: Tensor
         self.plane_draws: Tensor
         if self.lsh is not None and config.planes == "projected":
-            self.to_hash = nn.Linear(config.d_model + config.d_read, 2 * heads * self.lsh.n_hashes * self.lsh.n_planes)
+            width = config.d_model + config.d_read if config.qk == "dual" else config.d_read or config.d_model
+            self.to_hash = nn.Linear(width, 2 * heads * self.lsh.n_hashes * self.lsh.n_planes)
         elif self.lsh is not None:
             planes = draw_planes(d_key, heads, self.lsh.n_hashes, self.lsh.n_planes)
             if config.planes == "learned":
@@ -227,11 +228,11 @@ class SparseAttention(SequenceLayer):
     def attention_inputs(self, x: Tensor) -> AttentionInputs:
         """What ``forward`` attends with over fresh sequences x (B, L, D), as ``ops.attention_map`` takes it."""
         c = self.config
-        asks, tells, _ = self.moments(x, None, None)
+        asks, tells, _ = self.moments(self._read(x), None, None)
         q, k, scale = self._queries_and_keys(asks, tells)
         buckets, score = None, None
         if self.lsh is not None:
-            buckets, _ = self._hash(asks, tells, q, k)
+            buckets, _ = self._hash(*((x, x) if c.qk == "dual" else (asks, tells)), q, k)
         if self.key_selection is not None:
             score = self._score(k, F.normalize(running_sum(q, None, None)[0], dim=-1).to(k.dtype))
             if c.gated:
@@ -274,13 +275,13 @@ class SparseAttention(SequenceLayer):
     def _attend(self, x: Tensor, state: State | None, reset: Tensor | None, *, taught: bool) -> LayerOut:
         c = self.config
         aux: Aux = {}
-        asks, tells, past = self.moments(x, None if state is None else state.past, reset)
+        asks, tells, past = self.moments(self._read(x), None if state is None else state.past, reset)
         q, k, scale = self._queries_and_keys(asks, tells)
         v = self.to_v(x[..., : c.d_model]).unflatten(-1, (c.n_heads, self.d_value))
         explorers = self._explorers(x) if taught else None
         buckets = None
         if self.lsh is not None:
-            buckets, codes = self._hash(asks, tells, q, k)
+            buckets, codes = self._hash(*((x, x) if c.qk == "dual" else (asks, tells)), q, k)
             if taught and codes is not None:
                 aux["hash"] = self._hash_loss(q.detach(), k.detach(), codes, explorers, reset, scale)
         score, query_sum = None, x.new_zeros(x.shape[0], c.n_heads, 0, dtype=accumulator_dtype(x.dtype))
@@ -360,6 +361,10 @@ class SparseAttention(SequenceLayer):
         q_code, k_code = (soft_code(code, rule) for code in codes)
         return hash_loss(taught, q_code, k_code, rule, n_keys=self.lsh.n_keys // self.lsh.n_rounds)
 
+    def _read(self, x: Tensor) -> Tensor:
+        """What queries and keys are made from."""
+        return x[..., self.config.d_model :] if self.config.d_read else x
+
     def _two(self, linear: nn.Linear, asks: Tensor, tells: Tensor, *, shared: bool = False) -> Tensor:
         """Of a linear map the first half of what ``asks`` gives, beside the other half of what ``tells`` gives; where
         it is ``shared``, all of both, and once where they are one.
@@ -375,8 +380,6 @@ class SparseAttention(SequenceLayer):
     def _queries_and_keys(self, asks: Tensor, tells: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """q, k (B, L, H, N) and the factor on their products; a learned one is already in q."""
         c = self.config
-        if c.d_read:
-            asks, tells = asks[..., c.d_model :], None
         tells = asks if tells is None else tells
         projected = self._two(self.to_qk, asks, tells, shared=c.qk == "shared")
         projected = projected.unflatten(-1, (-1, c.n_heads, c.d_key))

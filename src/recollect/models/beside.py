@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from recollect.core.config import Config
+from recollect.core.errors import ConfigError
 from recollect.core.layer import BranchedConfig
 from recollect.layers.hax import HAX
 from recollect.layers.sparse_options import Planes
@@ -36,11 +37,24 @@ class Beside(Config, kind="beside"):
     much in the middle of a text and less at its beginning (``docs/log.md``).
     """
 
+    follow: int = 0
+    """Attention reads what followed moments like the present one: keys of the position before, both made from the last
+    ``follow`` inner activations by one map, as unit vectors, thirty times their product at first; values are dt u. An
+    induction head from the start. 0: no. In pilots this was learned at once, and from further away than with ``dual``
+    (``docs/log.md``).
+    """
+
+    def __post_init__(self) -> None:
+        if self.follow < 0 or (self.follow and self.dual):
+            raise ConfigError(
+                f"beside: follow must not be negative nor go with dual, which makes queries and keys, got {self.follow}"
+            )
+
     def around(self, mixer: BranchedConfig) -> HAX.Config:
         """The layer: the paper's language setting (arXiv 2507.00449, section 5.2 and appendix D.2), this pattern."""
         if self.pattern == "recommended":
-            return self._dual(HAX.Config.recommended(mixer.d_model, mixer, gate_init=self.gate), mixer)
-        base = self._dual(HAX.Config.published_language(mixer.d_model, mixer, self.n_keys), mixer)
+            return self._made(HAX.Config.recommended(mixer.d_model, mixer, gate_init=self.gate), mixer)
+        base = self._made(HAX.Config.published_language(mixer.d_model, mixer, self.n_keys), mixer)
         hashed = find(base.patterns, Lsh)
         assert hashed is not None
         patterns = tuple(
@@ -55,7 +69,11 @@ class Beside(Config, kind="beside"):
             selection_target=base.selection_target if find(patterns, KeySelection) else "mean",
         )
 
-    def _dual(self, layer: HAX.Config, mixer: BranchedConfig) -> HAX.Config:
+    def _made(self, layer: HAX.Config, mixer: BranchedConfig) -> HAX.Config:
+        """With queries, keys and values made as this says."""
+        if self.follow:
+            shared = replace(layer, qk="shared", span=self.follow, follow=True, written=True)
+            return replace(shared, normalise="l2", learn_scale=True, scale=30.0)
         if not self.dual:
             return layer
         groups = getattr(mixer, "n_groups", 1)
