@@ -164,7 +164,11 @@ DUAL = Mamba.Config(8, d_state=4)
         (lambda: sparse(n_heads=3), "d_model 8 is not divisible by n_heads 3"),
         (lambda: sparse(qk="share"), r"sparse: qk 'share' is unknown; did you mean 'shared'\?"),
         (lambda: sparse(qk="dual"), "sparse: qk=dual takes the queries and keys of a mixer; use it within hax"),
-        (lambda: sparse(d_read=8), "qk=separate reads 4 numbers for queries"),
+        (lambda: sparse(d_read=-8), "d_read must not be negative"),
+        (
+            lambda: HAX.Config(8, mixer=GRU.Config(8), written=True),
+            "written=true needs arrangement=parallel and a mixer",
+        ),
         (
             lambda: HAX.Config(8, qk="dual", mixer=S5.Config(8)),
             "qk=dual needs arrangement=parallel and a mixer with queries",

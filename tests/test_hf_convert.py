@@ -152,6 +152,34 @@ def test_a_dual_branch_reads_the_mixers_own_and_can_be_closed(folder: Path, tmp_
     torch.testing.assert_close(found.q_BLHN.norm(dim=-1), torch.full(found.q_BLHN.shape[:3], 10.0))
 
 
+@torch.no_grad()
+def test_a_following_branch_reads_what_is_written_after_a_moment_like_this_and_can_be_closed(
+    folder: Path, tmp_path: Path
+) -> None:
+    tokens = torch.randint(1, VOCAB, (1, 40))
+    convert(folder, tmp_path / "plain")
+    convert(folder, tmp_path / "follow", hax=Beside(8, follow=6))
+    assert torch.equal(logits(tmp_path / "follow", tokens), logits(tmp_path / "plain", tokens))
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "follow").eval()
+    attention = model.backbone.layers[0].mixer.attention
+    seen: list[torch.Tensor] = []
+    attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(tokens.repeat(1, 2))
+    inputs = attention.attention_inputs(seen[0])
+    # In the first layer a token is as it was 40 tokens ago, convolution (4) and moment (6) behind it.
+    likeness = torch.einsum("bihn,bjhn->bij", inputs.q_BLHN, inputs.k_BLHN)[0]
+    for i in range(40 + 8, 79):
+        torch.testing.assert_close(likeness[i, i - 39], torch.tensor(30.0), rtol=1e-3, atol=0)
+        assert likeness[i, : i - 39].max() < 29.9, "the key of the place after is that of the moment itself"
+
+
+def test_moments_and_the_mixers_own_queries_exclude_each_other() -> None:
+    assert parse_hax(["follow=16"]) == Beside(follow=16)
+    for wrong in ({"follow": 4, "dual": True}, {"follow": -1}):
+        with pytest.raises(ConfigError, match="follow must not be negative nor go with dual"):
+            Beside(**wrong)
+
+
 def _telling(forward: Any, own: list[Any]) -> Any:
     """The same forward, which notes what its branch is called with."""
 

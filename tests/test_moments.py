@@ -95,3 +95,23 @@ def test_a_mixers_own_queries_and_keys_are_taken_as_they_are(changes: dict[str, 
         HAX.Config(8, mixer=mixer, patterns=(KeySelection(3),), d_key=mixer.dual, qk="dual", **changes)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="span must be at least 1"):
         sparse(patterns=(KeySelection(3),), span=0)
+
+
+def test_what_a_mixer_writes_is_read_under_keys_of_its_activations() -> None:
+    """With a query sharp enough, a repetition reads dt u of what followed: the values that the scan itself adds up."""
+    torch.manual_seed(0)
+    mixer = Mamba2.Config(8, d_state=4, d_head=4)
+    options = {"qk": "shared", "normalise": "l2", "scale": 500.0, "span": 2, "follow": True}
+    config = HAX.Config(8, mixer=mixer, patterns=(Full(),), d_key=32, written=True, **options)  # pyright: ignore[reportArgumentType]
+    layer = HAX(config).double().eval()
+    given: list[Tensor] = []
+    layer.attention.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    read: list[Tensor] = []
+    layer.attention.register_forward_hook(lambda _, __, out: read.append(out.y))
+    layer(repeated())
+    inner = mixer.inner
+    assert given[0].shape[-1] == 2 * inner
+    written, activations = given[0].split(inner, -1)
+    assert not torch.allclose(written, activations)
+    # The convolution looks three inputs back, the moment one more: after five steps of the repetition all is alike.
+    torch.testing.assert_close(read[0][:, 35:-1], written[:, 36:], atol=0.02, rtol=0)

@@ -64,6 +64,8 @@ class SparseAttention(SequenceLayer):
             super().__post_init__()
             if self.qk == "dual" and not self.d_read:
                 raise ConfigError(f"{self.kind}: qk=dual takes the queries and keys of a mixer; use it within hax")
+            if self.d_read < 0:
+                raise ConfigError(f"{self.kind}: d_read must not be negative, got {self.d_read}")
             if self.qk == "dual" and self.d_read != 2 * self.n_heads * self.d_key:
                 raise ConfigError(
                     f"{self.kind}: qk=dual reads {self.d_read // 2} numbers for queries and as many for keys; "
