@@ -20,7 +20,7 @@ from recollect.train.run import FaceOff, RunConfig, TrainConfig
 ROWS: dict[str, Beside | None] = {
     "none": None,
     **{pattern: Beside(128, pattern, gate=1.0, dual=True) for pattern in PATTERNS},
-    "HAX-follow": Beside(128, "HAX", gate=0.3, follow=16),
+    "HAX-follow": Beside(128, "HAX", gate=0.3, follow=8),
     "HAX-published": Beside(128, "HAX", gate=1.0),
     "recommended": Beside(32, "recommended", gate=1.0, dual=True),
 }
