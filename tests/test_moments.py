@@ -35,6 +35,14 @@ def test_a_moment_sums_the_last_inputs_and_a_key_is_made_of_the_one_before() -> 
     assert nbytes(past) == 0
 
 
+def test_what_all_inputs_share_is_not_in_a_moment() -> None:
+    moments, x = Moments(3, span=4, follow=False).double(), double(1, 9, 3)
+    shared = double(3, seed=1)
+    plain, shifted = (moments(inputs, None, None)[0] for inputs in (x, x + shared))
+    torch.testing.assert_close(shifted[:, 3:], plain[:, 3:])
+    assert not torch.allclose(shifted[:, :3], plain[:, :3]), "a segment's beginning still shows"
+
+
 def test_nothing_before_a_reset_is_in_a_moment() -> None:
     moments, x = Moments(2, span=3, follow=True).double(), double(1, 7, 2)
     reset = torch.zeros(1, 7, dtype=torch.bool)
@@ -43,7 +51,7 @@ def test_nothing_before_a_reset_is_in_a_moment() -> None:
         torch.testing.assert_close(seen[:, 4:], fresh)
 
 
-@pytest.mark.parametrize("pattern", [Full(), Lsh(4, n_bits=5)])
+@pytest.mark.parametrize("pattern", [Full(), Lsh(8, n_bits=4)])
 def test_what_followed_a_moment_like_this_is_read_without_training(pattern: Full | Lsh) -> None:
     """The values are the inputs: those of the repetition are foretold by an induction head that nobody trained."""
     torch.manual_seed(0)
