@@ -105,6 +105,17 @@ def test_a_mixers_own_queries_and_keys_are_taken_as_they_are(changes: dict[str, 
         sparse(patterns=(KeySelection(3),), span=0)
 
 
+def test_a_sketch_stays_as_it_was_drawn_and_lets_gradients_through() -> None:
+    layer = sparse(patterns=(Full(),), qk="sketch", span=3, follow=True, normalise="l2", learn_scale=True).double()
+    assert {name for name, p in layer.named_parameters() if not p.requires_grad} == {"to_qk.weight", "moments.weight"}
+    x = double(2, 12, 8).requires_grad_()
+    layer(x).y[:, -1].square().sum().backward()
+    assert layer.log_scale.grad is not None
+    assert x.grad is not None
+    assert x.grad[:, 2].abs().sum() > 0
+    assert "to_qk.weight" in layer.state_dict(), "it is saved with the rest"
+
+
 def test_what_a_mixer_writes_is_read_under_keys_of_its_activations() -> None:
     """With a query sharp enough, a repetition reads dt u of what followed: the values that the scan itself adds up."""
     torch.manual_seed(0)

@@ -23,8 +23,8 @@ class Moments(nn.Module):
     """m_t = sum_{j < span} w_j * x_{t-j}, elementwise; queries are made of m_t and, with ``follow``, keys of m_{t-1}.
 
     The weights start as N(0, 1 / span) less their mean: a random sketch, in which the product of two moments is about
-    that of the inputs in them, compared lag by lag, and in which what all inputs share cancels. (Activations have a large
-    mean. Without that the moments of a text were within 0.98 of each other, and hashing could not tell them apart.)
+    that of the inputs in them, compared lag by lag, and in which what all inputs share cancels. (Activations have a
+    large mean: with it the moments of a text were within 0.98 of each other, and hashing could not tell them apart.)
     Nothing before a segment's first position is seen: its key is made of zeros.
     With ``span`` 1 and no ``follow`` both are x itself. O(L E span) time.
     """

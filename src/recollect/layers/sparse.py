@@ -141,6 +141,9 @@ class SparseAttention(SequenceLayer):
                     span=3,
                     follow=True,
                 ),
+                "sketch": cls(
+                    d_model=8, d_key=4, patterns=(Lsh(3, n_bits=2), KeySelection(3)), qk="sketch", span=2, follow=True
+                ),
                 "span": cls(d_model=8, d_key=4, patterns=(Window(5),), span=4),
                 "gate-heads": cls(
                     d_model=8, d_key=3, n_heads=2, patterns=(KeySelection(4),), learn_scale=True, selection="gate"
@@ -171,12 +174,15 @@ class SparseAttention(SequenceLayer):
         heads, d_key = config.n_heads, config.d_key
         self.d_value = config.d_model // heads
         self.moments = Moments(config.d_read or config.d_model, config.span, config.follow)
-        n_projections = 1 if config.qk == "shared" else 2
+        n_projections = 1 if config.one_map else 2
         self.to_qk = nn.Linear(config.d_read or config.d_model, n_projections * heads * d_key, bias=False)
         if config.qk == "dual":
             nn.init.eye_(self.to_qk.weight)
         if config.init_std is not None:
             nn.init.normal_(self.to_qk.weight, std=config.init_std)
+        if config.qk == "sketch":
+            self.to_qk.requires_grad_(False)
+            self.moments.requires_grad_(False)
         self.to_v = nn.Linear(config.d_model, config.d_model, bias=False) if config.project else nn.Identity()
         self.out = nn.Linear(config.d_model, config.d_model, bias=False) if config.project else nn.Identity()
         if config.learn_scale:
@@ -383,7 +389,7 @@ class SparseAttention(SequenceLayer):
         """q, k (B, L, H, N) and the factor on their products; a learned one is already in q."""
         c = self.config
         tells = asks if tells is None else tells
-        projected = self._two(self.to_qk, asks, tells, shared=c.qk == "shared")
+        projected = self._two(self.to_qk, asks, tells, shared=c.one_map)
         projected = projected.unflatten(-1, (-1, c.n_heads, c.d_key))
         if c.normalise == "l2":
             # Under autocast norms are float32, and would make the queries and keys so.

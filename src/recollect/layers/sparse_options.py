@@ -10,7 +10,7 @@ from recollect.core.layer import LayerConfig
 from recollect.ops.patterns import Full, KeySelection, Lsh, Pattern, check_patterns, find, with_self
 
 Planes = Literal["fixed", "redrawn", "learned", "projected"]
-QueryKey = Literal["separate", "shared", "dual"]
+QueryKey = Literal["separate", "shared", "sketch", "dual"]
 Normalise = Literal["l2"]
 Selection = Literal["ranking", "kl", "gate", "gate+ranking", "gate+kl"]
 Target = Literal["mean", "sum"]
@@ -34,6 +34,8 @@ class SparseOptions(LayerConfig):
     ``qk``
         "separate" projections, as in HAX; "shared", one for both (Reformer, arXiv 2001.04451): half the parameters, and
         a position that resembles another meets it in a bucket from the first step, though each resembles itself most.
+        "sketch", shared and never trained, nor are the taps of ``span``: a random sketch, by which inputs that are near
+        each other stay so. In a world model training wore this down, and dreams kept to the path for less long.
         "dual", within HAX alone: made from the mixer's own queries and keys, C and B of a selective state-space model,
         by a linear map that starts as the identity, with the mixer's own values, dt u, what it writes: attention beside
         a trained mixer begins where its C_i . B_j point, without the decay, and reads what the mixer thought worth
@@ -155,6 +157,11 @@ class SparseOptions(LayerConfig):
     def union(self) -> tuple[Pattern, ...]:
         """The patterns, with the query's own key where ``include_self`` adds it."""
         return with_self(self.patterns) if self.include_self else self.patterns
+
+    @property
+    def one_map(self) -> bool:
+        """Whether queries and keys are made by the same map."""
+        return self.qk in ("shared", "sketch")
 
     @property
     def gated(self) -> bool:

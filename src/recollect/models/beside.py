@@ -57,8 +57,12 @@ class Beside(Config, kind="beside"):
         base = self._made(HAX.Config.published_language(mixer.d_model, mixer, self.n_keys), mixer)
         hashed = find(base.patterns, Lsh)
         assert hashed is not None
+        if (
+            self.follow
+        ):  # the two nearest of twice as many buckets: of 5,000 tokens they hold the key asked for more often
+            hashed = replace(hashed, n_bits=8, n_rounds=2, rounds="probed")
         patterns = tuple(
-            replace(pattern, n_bits=hashed.n_bits, rule=hashed.rule) if isinstance(pattern, Lsh) else pattern
+            replace(hashed, n_keys=pattern.n_keys) if isinstance(pattern, Lsh) else pattern
             for pattern in published_pattern(self.pattern, self.n_keys)
         )
         return replace(

@@ -107,7 +107,7 @@ imagination begins; eight tell a moment from all that looks like it."""
 def _haxwm(size: Size) -> DynamicsConfig:
     """S5 with attention joined to the second layer of every block, which reads what followed the moments like this one.
 
-    Hashing alone has fixed planes: queries and keys share their map, so that what is alike meets without any training.
+    Queries and keys are one random map of it, so that what is alike meets without any training, and still does after.
     """
     hashed = Lsh(3 * size.n_keys // 4, n_bits=size.n_bits, n_rounds=2, rule="argmax", rounds="probed")
     hax = HAX.Config(
@@ -116,7 +116,8 @@ def _haxwm(size: Size) -> DynamicsConfig:
         patterns=(hashed, KeySelection(size.n_keys // 4)),
         d_key=16,
         n_heads=4,
-        qk="shared",
+        gate_init=0.3,
+        qk="sketch",
         follow=True,
         normalise="l2",
         scale=30.0,

@@ -21,11 +21,13 @@ ROWS: dict[str, Beside | None] = {
     "none": None,
     **{pattern: Beside(128, pattern, gate=1.0, dual=True) for pattern in PATTERNS},
     "HAX-follow": Beside(128, "HAX", gate=0.3, follow=8),
+    "LSH-follow": Beside(128, "LSH", gate=0.3, follow=8),
     "HAX-published": Beside(128, "HAX", gate=1.0),
     "recommended": Beside(32, "recommended", gate=1.0, dual=True),
 }
 """With open gates, as published: from closed ones they move by 0.02 in 250 steps, and every row stays the first.
-Attention is made from the base's own C, B and dt u but in ``HAX-published``, which makes it as the paper does.
+Attention is made from the base's own C, B and dt u but in ``HAX-published``, which makes it as the paper does, and in
+``-follow``, which reads what followed moments like the present one.
 """
 
 ASKED = ("needle-noise", "needle-prose", "multi-key", "joint-recall", "joint-recall-dense")

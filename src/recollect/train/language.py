@@ -189,7 +189,7 @@ class Language(Problem):
             if not names:
                 raise ConfigError("language.trains=attention: no layer of the model has sparse attention beside it")
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in names)
+                parameter.requires_grad_(parameter.requires_grad and name in names)
         return model
 
     def compiled(self, model: nn.Module) -> list[nn.Module]:
