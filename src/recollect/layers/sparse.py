@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -334,8 +334,8 @@ class SparseAttention(SequenceLayer):
         if c.planes == "projected":
             shape = (2, c.n_heads, self.lsh.n_hashes, self.lsh.n_planes)
             projected = self._two(self.to_hash, asks.detach(), tells.detach()).unflatten(-1, shape)
-            codes = q_code, k_code = projected.unbind(2)
-            return self._buckets(q_code, k_code), codes
+            q_code, k_code = projected.unbind(2)
+            return self._buckets(q_code, k_code), (q_code, k_code)
         planes = self.current_planes()
         buckets = self._buckets(project(q, planes), project(k, planes))
         if c.planes != "learned":
@@ -382,7 +382,8 @@ class SparseAttention(SequenceLayer):
         if shared:
             return torch.cat([linear(asks), linear(tells)], -1)
         of_asks, of_tells = linear.weight.chunk(2)
-        for_asks, for_tells = (None, None) if linear.bias is None else linear.bias.chunk(2)
+        bias = cast("Tensor | None", linear.bias)  # declared without the None
+        for_asks, for_tells = (None, None) if bias is None else bias.chunk(2)
         return torch.cat([F.linear(asks, of_asks, for_asks), F.linear(tells, of_tells, for_tells)], -1)
 
     def _queries_and_keys(self, asks: Tensor, tells: Tensor | None = None) -> tuple[Tensor, Tensor, float]:

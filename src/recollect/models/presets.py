@@ -116,7 +116,6 @@ def _haxwm(size: Size) -> DynamicsConfig:
         patterns=(hashed, KeySelection(size.n_keys // 4)),
         d_key=16,
         n_heads=4,
-        gate_init=0.3,
         qk="sketch",
         follow=True,
         normalise="l2",
