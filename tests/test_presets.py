@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from recollect.core.errors import ConfigError
+from recollect.layers.hax import HAX
 from recollect.models.presets import PRESETS, Size, preset
 from recollect.models.s4wm import S4WM
 from recollect.models.world_model import WorldModel
@@ -57,6 +58,15 @@ def test_baselines_remember_as_far_as_their_window() -> None:
         context = rows["rssm"].env.context_length
         assert max(windows) < context
         assert all(reach[row].chunk is None for row in rows if row != "rssm")
+
+
+def test_attention_compares_one_input_and_several_in_turn() -> None:
+    dynamics = preset("haxwm", Size(n_blocks=3))
+    assert isinstance(dynamics, S4WM.Config)
+    attention = [layer for layer in dynamics.backbone.layers if isinstance(layer, HAX.Config)]
+    assert [layer.span for layer in attention] == [1, 8, 1]
+    assert all(layer.follow and layer.qk == "sketch" for layer in attention)
+    assert {layer.attention.patterns[0].budget for layer in attention} == {48}
 
 
 def test_unknown_names_are_refused() -> None:

@@ -40,8 +40,8 @@ class Beside(Config, kind="beside"):
     follow: int = 0
     """Attention reads what followed moments like the present one: keys of the position before, both made from the last
     ``follow`` inner activations by one map, as unit vectors, thirty times their product at first; values are dt u. An
-    induction head from the start. 0: no. In pilots this was learned at once, and from further away than with ``dual``
-    (``docs/log.md``).
+    induction head from the start. 0: no. Beside a trained Mamba-2 this recalls by content, where ``dual`` and the
+    paper's form did not within as many steps (``docs/log.md``).
     """
 
     def __post_init__(self) -> None:
@@ -57,9 +57,8 @@ class Beside(Config, kind="beside"):
         base = self._made(HAX.Config.published_language(mixer.d_model, mixer, self.n_keys), mixer)
         hashed = find(base.patterns, Lsh)
         assert hashed is not None
-        if (
-            self.follow
-        ):  # the two nearest of twice as many buckets: of 5,000 tokens they hold the key asked for more often
+        if self.follow:
+            # Of 5,000 tokens the two nearest of 256 buckets hold the key that is asked for more often than one of 128.
             hashed = replace(hashed, n_bits=8, n_rounds=2, rounds="probed")
         patterns = tuple(
             replace(hashed, n_keys=pattern.n_keys) if isinstance(pattern, Lsh) else pattern
