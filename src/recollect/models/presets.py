@@ -109,11 +109,12 @@ def _haxwm(size: Size) -> DynamicsConfig:
 
     Queries and keys are one random map of it, so that what is alike meets without any training, and still does after.
     """
-    hashed = Lsh(3 * size.n_keys // 4, n_bits=size.n_bits, n_rounds=2, rule="argmax", rounds="probed")
+    n_hashed = 2 * (3 * size.n_keys // 8)
+    hashed = Lsh(n_hashed, n_bits=size.n_bits, n_rounds=2, rule="argmax", rounds="probed")
     hax = HAX.Config(
         size.d_model,
         mixer=_s5(size),
-        patterns=(hashed, KeySelection(size.n_keys // 4)),
+        patterns=(hashed, KeySelection(size.n_keys - n_hashed)),
         d_key=16,
         n_heads=4,
         qk="sketch",
