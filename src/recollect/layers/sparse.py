@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -84,6 +84,8 @@ class SparseAttention(SequenceLayer):
         def declared(cls) -> Mapping[str, Self]:
             every = (Window(3), Sink(2), Dilated(2, stride=5), KeySelection(3), Lsh(4, n_bits=2, n_rounds=2))
             columns = Lsh(4, n_bits=2, n_rounds=2, rule="argmax")
+            hax = (Lsh(4, n_bits=2, n_rounds=2), KeySelection(3))
+            exploring = cls(d_model=8, d_key=4, n_heads=2, patterns=hax, planes="projected", explore=5)
             return {
                 "tiny": cls.tiny(),
                 "full": cls(d_model=8, d_key=4, patterns=(Full(),)),
@@ -111,14 +113,7 @@ class SparseAttention(SequenceLayer):
                     planes="learned",
                     selection="gate+kl",
                 ),
-                "projected-exploring": cls(
-                    d_model=8,
-                    d_key=4,
-                    n_heads=2,
-                    patterns=(Lsh(4, n_bits=2, n_rounds=2), KeySelection(3)),
-                    planes="projected",
-                    explore=5,
-                ),
+                "projected-exploring": exploring,
                 "probed": cls(
                     d_model=8, d_key=4, patterns=(Lsh(6, n_bits=3, n_rounds=3, rounds="probed"),), planes="projected"
                 ),
@@ -131,16 +126,7 @@ class SparseAttention(SequenceLayer):
                 "follow": cls(
                     d_model=8, d_key=4, patterns=(Lsh(3, n_bits=2), KeySelection(3)), qk="shared", follow=True
                 ),
-                "follow-span": cls(
-                    d_model=8,
-                    d_key=4,
-                    n_heads=2,
-                    patterns=(Lsh(4, n_bits=2, n_rounds=2), KeySelection(3)),
-                    planes="projected",
-                    explore=5,
-                    span=3,
-                    follow=True,
-                ),
+                "follow-span": replace(exploring, span=3, follow=True),
                 "sketch": cls(
                     d_model=8, d_key=4, patterns=(Lsh(3, n_bits=2), KeySelection(3)), qk="sketch", span=2, follow=True
                 ),
@@ -240,7 +226,7 @@ class SparseAttention(SequenceLayer):
         q, k, scale = self._queries_and_keys(asks, tells)
         buckets, score = None, None
         if self.lsh is not None:
-            buckets, _ = self._hash(*((x, x) if c.qk == "dual" else (asks, tells)), q, k)
+            buckets, _ = self._hash(x, asks, tells, q, k)
         if self.key_selection is not None:
             score = self._score(k, F.normalize(running_sum(q, None, None)[0], dim=-1).to(k.dtype))
             if c.gated:
@@ -289,7 +275,7 @@ class SparseAttention(SequenceLayer):
         explorers = self._explorers(x) if taught else None
         buckets = None
         if self.lsh is not None:
-            buckets, codes = self._hash(*((x, x) if c.qk == "dual" else (asks, tells)), q, k)
+            buckets, codes = self._hash(x, asks, tells, q, k)
             if taught and codes is not None:
                 aux["hash"] = self._hash_loss(q.detach(), k.detach(), codes, explorers, reset, scale)
         score, query_sum = None, x.new_zeros(x.shape[0], c.n_heads, 0, dtype=accumulator_dtype(x.dtype))
@@ -327,8 +313,14 @@ class SparseAttention(SequenceLayer):
             return None
         return torch.randperm(x.shape[1], device=x.device)[: self.config.explore].sort().values
 
-    def _hash(self, asks: Tensor, tells: Tensor, q: Tensor, k: Tensor) -> tuple[Buckets, tuple[Tensor, Tensor] | None]:
-        """The buckets of queries and keys, and the projections that gave them where a loss is to train them."""
+    def _hash(
+        self, x: Tensor, asks: Tensor, tells: Tensor, q: Tensor, k: Tensor
+    ) -> tuple[Buckets, tuple[Tensor, Tensor] | None]:
+        """The buckets of queries and keys, and the projections that gave them where a loss is to train them: of what
+        they are made of, or of all of x where that is a mixer's own.
+        """
+        if self.config.qk == "dual":
+            asks = tells = x
         assert self.lsh is not None
         c = self.config
         if c.planes == "projected":

@@ -45,6 +45,10 @@ class Stat:
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return cls(float(np.mean(values)), std, len(values))
 
+    def equals(self, mean: float) -> bool:
+        """Whether this is that mean but for the order in which it was summed."""
+        return math.isclose(self.mean, mean, rel_tol=1e-9)
+
     @property
     def low(self) -> float:
         """One standard deviation below the mean (the mean itself for a single seed)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -179,7 +178,7 @@ def _prompts(rows: Sequence[Row], cases: Sequence[Asked]) -> str:
 
 
 def _cell(score: _Score, stat: Stat | None, best: float | None) -> Cell:
-    return Cell(score.text(stat), stat is not None and best is not None and math.isclose(stat.mean, best, rel_tol=1e-9))
+    return Cell(score.text(stat), stat is not None and best is not None and stat.equals(best))
 
 
 def _best(rows: Sequence[Row], score: _Score) -> float | None:

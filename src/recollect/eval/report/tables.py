@@ -200,7 +200,7 @@ def _best(rows: Sequence[Row], metric: str) -> float | None:
 
 
 def _same(stat: Stat | None, best: float | None) -> bool:
-    return stat is not None and best is not None and stat.mean == best
+    return stat is not None and best is not None and stat.equals(best)
 
 
 def _lines(face: FaceOff, group: str) -> list[tuple[str, dict[str, float]]]:
